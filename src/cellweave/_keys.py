@@ -1,0 +1,39 @@
+"""Every string key that crosses a room of the package: what loaders put in a batch, where results are written."""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+__all__ = ["LOADER_KEYS", "OUTPUT_KEYS", "REGISTRY_KEYS"]
+
+
+class _RegistryKeys(NamedTuple):
+    """Keys under which setup methods register data."""
+
+    X: str = "X"
+    BATCH: str = "batch"
+    LABELS: str = "labels"
+    CONTEXT: str = "context"
+
+
+class _LoaderKeys(NamedTuple):
+    """Keys that set-of-cells loaders add to the registered tensors of a batch."""
+
+    ROW: str = "row"  # int64 (cell,): position of the cell in the AnnData
+    VALID: str = "valid"  # bool (cell,): false for cells that only fill up a context
+    N_CELLS: str = "n_cells"  # int: cells per context; rows are set-major
+    N_VALID: str = "n_valid"  # int: number of valid cells, known without asking the device
+    MASK_GENES: str = "mask_genes"  # int64 (masked gene,): fixes the masked genes instead of drawing them
+
+
+class _OutputKeys(NamedTuple):
+    """Default places of results in the user's AnnData."""
+
+    PROVENANCE: str = "cellweave"  # uns
+    STACK_LATENT: str = "X_stack"  # obsm
+    STACK_NORMALIZED: str = "stack_normalized"  # layers
+
+
+REGISTRY_KEYS: Final = _RegistryKeys()
+LOADER_KEYS: Final = _LoaderKeys()
+OUTPUT_KEYS: Final = _OutputKeys()

@@ -1,0 +1,174 @@
+"""Full checks of what the user registers, made before anything is written to their AnnData."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata import AnnData
+from scvi import settings
+
+__all__ = ["check_counts", "check_groups", "check_names", "looks_like_counts"]
+
+# Integers above this are not exact in float32, in which all models compute.
+_MAX_COUNT = 2**24
+# Entries inspected at a time, so that a backed or very large matrix is checked in bounded memory.
+_BLOCK_ENTRIES = 2**24
+
+
+def check_names(adata: AnnData) -> None:
+    """Check that ``adata`` is a real object with cells and uniquely named genes.
+
+    Raises
+    ------
+    ValueError
+        If ``adata`` is a view, has no cells or genes, or repeats gene names.
+    """
+    if adata.is_view:
+        raise ValueError("`adata` is a view of another AnnData; run `adata = adata.copy()` first.")
+    if adata.n_obs == 0:
+        raise ValueError(f"`adata` has no cells (shape {adata.shape}); check the filters applied to it.")
+    if adata.n_vars == 0:
+        raise ValueError(f"`adata` has no genes (shape {adata.shape}); check the filters applied to it.")
+    repeated = adata.var_names[adata.var_names.duplicated()].unique()
+    if len(repeated):
+        raise ValueError(
+            f"`adata.var_names` repeats {len(repeated)} gene name(s) (first: {_some(repeated)}); genes are matched by "
+            "name, so run `adata.var_names_make_unique()` or merge the columns."
+        )
+    if not adata.obs_names.is_unique:
+        _warn("`adata.obs_names` are not unique; results are written by position.")
+
+
+def check_counts(adata: AnnData, layer: str | None = None) -> None:
+    """Check every value of ``adata.X`` or a layer for use by a count model.
+
+    Non-integer values and cells without counts are accepted with one warning each.
+
+    Parameters
+    ----------
+    adata
+        The data.
+    layer
+        Name of the layer; ``adata.X`` by default.
+
+    Raises
+    ------
+    KeyError
+        If there is no such layer, or no ``X``.
+    ValueError
+        If a value is NaN, infinite, negative or too large for exact float32 arithmetic, or if all are zero.
+    """
+    where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+    if layer is not None and layer not in adata.layers:
+        raise KeyError(f"`layer={layer!r}` not found; `adata.layers` has {_some(adata.layers)}.")
+    x = adata.X if layer is None else adata.layers[layer]
+    if x is None:
+        raise KeyError(f"`adata.X` is empty; name the counts with `layer=`, `adata.layers` has {_some(adata.layers)}.")
+    n_fractional, library = 0, np.zeros(adata.n_obs)
+    for start, block in _row_blocks(x):
+        _check_block(block, start, where, adata)
+        values = _values(block)
+        n_fractional += int(np.count_nonzero(values != np.rint(values))) if values.dtype.kind == "f" else 0
+        library[start : start + block.shape[0]] = np.asarray(block.sum(axis=1), dtype=np.float64).ravel()
+    if not library.any():
+        raise ValueError(f"`{where}` holds only zeros; give the raw counts with `layer=`.")
+    if n_fractional:
+        hint = ", ".join(repr(key) for key in adata.layers if key != layer and looks_like_counts(adata.layers[key]))
+        advice = f"layer(s) that look like counts: {hint}" if hint else "give raw counts with `layer=`"
+        _warn(f"`{where}` has {n_fractional} non-integer values, but the model is a model of counts; {advice}.")
+    n_empty = int((library == 0).sum())
+    if n_empty:
+        first = adata.obs_names[int(np.argmin(library != 0))]
+        _warn(f"{n_empty} cell(s) have no counts in `{where}` (first: {first!r}); consider removing them.")
+
+
+def check_groups(obs: pd.DataFrame, key: str | None, argument: str) -> None:
+    """Check a categorical ``obs`` column.
+
+    Raises
+    ------
+    KeyError
+        If there is no such column.
+    ValueError
+        If values are missing, or the column is continuous: more distinct numbers than 100 and 10 % of the cells.
+    """
+    if key is None:
+        return
+    if key not in obs:
+        raise KeyError(f"`{argument}={key!r}` not found; `adata.obs` has {_some(obs.columns)}.")
+    column = obs[key]
+    n_missing = int(column.isna().sum())
+    if n_missing:
+        first = obs.index[int(np.argmax(column.isna().to_numpy()))]
+        raise ValueError(
+            f"`adata.obs[{key!r}]` (`{argument}`) is missing in {n_missing} cell(s) (first: {first!r}); fill or remove them."
+        )
+    is_number = pd.api.types.is_float_dtype(column) or pd.api.types.is_integer_dtype(column)
+    if is_number and column.nunique() > max(100, 0.1 * len(column)):
+        raise ValueError(
+            f"`adata.obs[{key!r}]` (`{argument}`) has {column.nunique()} distinct numbers in {len(column)} cells and "
+            "looks continuous; bin it into categories first."
+        )
+
+
+def looks_like_counts(x: Any) -> bool:
+    """Whether the first cells of a matrix hold non-negative integers."""
+    values = np.asarray(_values(x[: min(x.shape[0], 100)]), dtype=np.float64)
+    return bool(np.all(values >= 0) and np.all(values == np.rint(values)))
+
+
+def _check_block(block: Any, start: int, where: str, adata: AnnData) -> None:
+    values = _values(block)
+    if values.size == 0:
+        return
+    faults = [
+        (~np.isfinite(values), "NaN or infinite", "fix or remove them"),
+        (values < 0, "negative", "give raw counts with `layer=`"),
+        (values > _MAX_COUNT, "larger than 2^24", "such counts are not exact in float32; check the units"),
+    ]
+    for bad, kind, advice in faults:
+        n_bad = int(np.count_nonzero(bad))
+        if n_bad:
+            row, column = _position(block, int(np.argmax(bad)))
+            raise ValueError(
+                f"`{where}` has {n_bad} value(s) that are {kind} in cells {start} to {start + block.shape[0] - 1} "
+                f"(first: cell {adata.obs_names[start + row]!r}, gene {adata.var_names[column]!r}); {advice}."
+            )
+
+
+def _position(block: Any, flat: int) -> tuple[int, int]:
+    """Row and column of entry ``flat`` of ``_values(block)``."""
+    if sp.issparse(block):
+        return int(np.searchsorted(block.indptr, flat, side="right") - 1), int(block.indices[flat])
+    row, column = np.unravel_index(flat, block.shape)
+    return int(row), int(column)
+
+
+def _values(block: Any) -> np.ndarray:
+    return block.data if sp.issparse(block) else np.asarray(block).reshape(-1)
+
+
+def _row_blocks(x: Any) -> Iterator[tuple[int, Any]]:
+    """Blocks of rows as CSR or dense arrays; works for in-memory and backed matrices."""
+    if sp.issparse(x) and x.format != "csr":
+        x = x.tocsr()
+    step = max(1, _BLOCK_ENTRIES // max(1, x.shape[1]))
+    for start in range(0, x.shape[0], step):
+        block = x if step >= x.shape[0] and (sp.issparse(x) or isinstance(x, np.ndarray)) else x[start : start + step]
+        yield start, block.tocsr() if sp.issparse(block) and block.format != "csr" else block
+
+
+def _some(names: Any, n: int = 5) -> str:
+    listed = [repr(str(name)) for name in list(names)[: n + 1]]
+    if not listed:
+        return "nothing"
+    return ", ".join(listed[:n]) + (", ..." if len(listed) > n else "")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=settings.warnings_stacklevel)

@@ -1,0 +1,5 @@
+"""User-facing models: one class per family."""
+
+from ._stack import StackModel
+
+__all__ = ["StackModel"]

@@ -1,0 +1,227 @@
+"""What every gradient-trained model shares: training, data checks, results with provenance, safe files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from lightning.pytorch.callbacks import EarlyStopping
+from mudata import MuData
+from numpy.typing import NDArray
+from scvi.data import AnnDataManager
+from scvi.model.base import BaseModelClass, UnsupervisedTrainingMixin
+
+from cellweave import _compat
+from cellweave._keys import OUTPUT_KEYS, REGISTRY_KEYS
+from cellweave._types import AnnOrMuData
+from cellweave.data import CellSetSplitter, align_genes, check_names
+from cellweave.train import CellweaveTrainingPlan
+
+from ._contexts import ContextInferenceMixin
+from ._persistence import PersistenceMixin
+
+__all__ = ["CellweaveModel"]
+
+
+class CellweaveModel(PersistenceMixin, ContextInferenceMixin, UnsupervisedTrainingMixin, BaseModelClass):
+    """Base of the models: scvi-tools habits, with data aligned by gene name and files that execute nothing."""
+
+    _data_splitter_cls = CellSetSplitter
+    _training_plan_cls = CellweaveTrainingPlan
+
+    def __repr__(self) -> str:
+        n_parameters = sum(p.numel() for p in self.module.parameters())
+        arguments = ", ".join(f"{key}={value!r}" for key, value in self._constructor_arguments().items())
+        data = "no data attached" if self.adata is None else f"{self.adata.n_obs} cells"
+        state = "trained" if self.is_trained else "not trained"
+        return (
+            f"{type(self).__name__}({arguments})\n"
+            f"  data: {data}, {len(self.genes)} genes; parameters: {n_parameters:,}; {state}"
+        )
+
+    @property
+    def genes(self) -> NDArray[np.str_]:
+        """Names of the genes of the model, in its order ``(gene,)``."""
+        fields = self.registry_[_compat.FIELD_REGISTRIES_KEY]
+        return np.asarray(fields[REGISTRY_KEYS.X][_compat.STATE_REGISTRY_KEY]["column_names"]).astype(str)
+
+    # ---------------------------------------------------------------- training
+
+    def _fit(
+        self,
+        max_epochs: int,
+        *,
+        splitter: dict[str, Any],
+        plan: dict[str, Any],
+        trainer: dict[str, Any],
+        **options: Any,
+    ) -> None:
+        """Train through scvi-tools, keeping its known traps away from the user.
+
+        The caller's random state is untouched: all draws of training are seeded by (seed, step).
+        """
+        if self.adata is None:
+            raise ValueError("This model has no data to train on; load it with `adata=` or create it from an AnnData.")
+        trainer = {**trainer, "callbacks": list(trainer.get("callbacks") or [])}  # scvi-tools appends to the list
+        has_validation = _has_validation(options.get("train_size"), options.get("validation_size"))
+        if has_validation:
+            trainer.setdefault("check_val_every_n_epoch", 1)
+        trainer.setdefault("early_stopping_monitor", "validation_loss")
+        if options.get("early_stopping"):
+            if not has_validation:
+                raise ValueError("`early_stopping=True` needs validation cells; set `validation_size` above 0.")
+            options["early_stopping"] = self._early_stopping(trainer)
+        with _fork_random_state():
+            super().train(
+                max_epochs=max_epochs,
+                datasplitter_kwargs=splitter,
+                plan_kwargs=plan,
+                **options,
+                **trainer,
+            )
+
+    @staticmethod
+    def _early_stopping(trainer: dict[str, Any]) -> bool:
+        """Whether scvi-tools shall add early stopping; it refuses under DDP, where we add the callback ourselves."""
+        if not _compat.use_distributed_sampler(trainer.get("strategy")):
+            return True
+        patience = trainer.get("early_stopping_patience", 45)
+        trainer["callbacks"].append(EarlyStopping(trainer["early_stopping_monitor"], patience=patience))
+        return False
+
+    # ---------------------------------------------------------------- data of any getter
+
+    @contextmanager
+    def _registered(self, adata: AnnOrMuData | None) -> Iterator[AnnOrMuData]:
+        """The data of a getter: ``adata`` or the model's own, checked, gene-aligned and registered.
+
+        Views and data with other genes are copied for the time of the call.
+        """
+        self._check_if_trained(warn=False)
+        given = self.adata if adata is None else adata
+        if given is None:
+            raise ValueError("This model was loaded without data; pass `adata=`.")
+        if self._manager_of(given) is not None:
+            yield self._validate_anndata(given)
+            return
+        data = self._aligned(given.copy() if given.is_view else given)
+        self._check_new_data(data)
+        if self.adata_manager is None:
+            self._attach(data)
+        else:
+            self._transfer(data)
+        try:
+            yield data
+        finally:
+            if data is not given and data is not self.adata:
+                self._per_instance_manager_store[self.id].pop(data.uns[_compat.SCVI_UUID_KEY], None)
+
+    def _manager_of(self, adata: AnnOrMuData) -> AnnDataManager | None:
+        """The manager of exactly this object, or None; unlike the inherited lookup it never transfers a setup."""
+        store = self._per_instance_manager_store.get(self.id, {})
+        manager = store.get(adata.uns.get(_compat.SCVI_UUID_KEY))
+        return manager if manager is not None and manager.adata is adata else None
+
+    def _transfer(self, adata: AnnOrMuData) -> None:
+        # a copy of registered data carries its identifier, under which the original is known
+        adata.uns.pop(_compat.SCVI_UUID_KEY, None)
+        manager = self.adata_manager.transfer_fields(adata, **self._transfer_options())
+        self._register_manager_for_instance(manager)
+
+    def _aligned(self, adata: AnnOrMuData) -> AnnOrMuData:
+        """``adata`` itself when its genes are those of the model in the same order, else an aligned copy."""
+        genes = self._gene_data(adata)
+        check_names(genes)
+        if self._has_model_genes(adata):
+            return adata
+        if isinstance(adata, MuData):
+            raise ValueError(
+                "The genes of this MuData differ from those of the model; align the modality with "
+                "`cellweave.pp.align_genes(mdata[...], model.genes)` first."
+            )
+        return align_genes(adata, self.genes, layer=self.registry_[_compat.SETUP_ARGS_KEY].get("layer"))
+
+    def _has_model_genes(self, adata: AnnOrMuData) -> bool:
+        return np.array_equal(self._gene_data(adata).var_names.to_numpy().astype(str), self.genes)
+
+    def _validate_anndata(self, adata: AnnOrMuData | None = None, copy_if_view: bool = True) -> AnnOrMuData:
+        """As inherited, but never accepts genes in another order, of which scvi-tools compares only the number."""
+        if adata is not None and adata is not self.adata and not self._has_model_genes(adata):
+            raise ValueError(
+                "The genes of `adata` are not those of the model in the same order; align them with "
+                "`cellweave.pp.align_genes(adata, model.genes)`."
+            )
+        return super()._validate_anndata(adata, copy_if_view=copy_if_view)
+
+    def _check_new_data(self, adata: AnnOrMuData) -> None:
+        """Hook: check the contents of data that the model has not seen, before anything is written to them."""
+        raise NotImplementedError
+
+    def _gene_data(self, adata: AnnOrMuData) -> AnnData:
+        """The AnnData that holds the genes: ``adata`` itself or a modality of it."""
+        if not isinstance(adata, MuData):
+            return adata
+        fields = self.registry_[_compat.FIELD_REGISTRIES_KEY]
+        modality = fields[REGISTRY_KEYS.X]["data_registry"].get("mod_key")
+        if modality not in adata.mod:
+            raise ValueError(f"The model reads modality {modality!r}, but `mdata.mod` has {sorted(adata.mod)}.")
+        return adata.mod[modality]
+
+    def _gene_positions(self, gene_list: Sequence[str] | None) -> NDArray[np.int64]:
+        """Positions of named genes in the model; all by default."""
+        if gene_list is None:
+            return np.arange(len(self.genes))
+        positions = pd.Index(self.genes).get_indexer(list(gene_list))
+        unknown = [gene for gene, at in zip(gene_list, positions, strict=True) if at < 0]
+        if unknown:
+            raise ValueError(
+                f"`gene_list` has {len(unknown)} gene(s) that the model does not know (first: {unknown[0]!r}); "
+                "see `model.genes`."
+            )
+        return positions
+
+    # ---------------------------------------------------------------- results
+
+    def _record(self, adata: AnnOrMuData, key: str, parameters: Mapping[str, Any]) -> None:
+        """Write what produced ``key`` to ``adata.uns["cellweave"][key]``."""
+        records = dict(adata.uns.get(OUTPUT_KEYS.PROVENANCE, {}))
+        records[key] = {
+            "model": type(self).__name__,
+            "version": version("cellweave"),
+            "weights_sha256": self._weights_hash(),
+            "parameters": {name: value for name, value in parameters.items() if value is not None},
+        }
+        adata.uns[OUTPUT_KEYS.PROVENANCE] = records
+
+    def _weights_hash(self) -> str:
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.module.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _constructor_arguments(self) -> dict[str, Any]:
+        saved = self.init_params_
+        return {**saved["non_kwargs"], **{k: v for group in saved["kwargs"].values() for k, v in group.items()}}
+
+
+def _has_validation(train_size: float | None, validation_size: float | None) -> bool:
+    if validation_size is not None:
+        return validation_size > 0
+    return train_size is None or train_size < 1
+
+
+@contextmanager
+def _fork_random_state() -> Iterator[None]:
+    """Run with the random state of torch and numpy, and restore both afterwards."""
+    numpy_state = np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    np.random.set_state(numpy_state)

@@ -1,0 +1,120 @@
+"""Inference over contexts: every cell once per assignment, results in the order of the cells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from numpy.typing import NDArray
+from scvi import settings
+from scvi.utils import track
+
+from cellweave._keys import LOADER_KEYS
+from cellweave._types import AnnOrMuData, ContextRule, Indices
+from cellweave.data import CellSetLoader
+
+__all__ = ["ContextInferenceMixin", "all_cells", "all_cells_and_genes"]
+
+
+class ContextInferenceMixin:
+    """Per-cell results from a module that reads contexts."""
+
+    def _over_contexts(
+        self,
+        adata: AnnOrMuData,
+        rows: NDArray[np.int64],
+        compute: Callable[[dict[str, Any]], torch.Tensor],
+        *,
+        n_cells: int,
+        batch_size: int | None,
+        seed: int,
+        rule: ContextRule = "random",
+        by_context: bool = True,
+        n_repeats: int = 1,
+        description: str = "",
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Mean and standard deviation over context assignments of a per-cell quantity, in the order of ``rows``.
+
+        ``compute`` maps a batch on the device to a tensor ``(cell, feature)``. Every cell of ``rows`` (sorted, unique)
+        is taken from the one context in which it is valid; repeat ``r`` uses the assignment of seed ``seed + r``.
+        """
+        batch_size = max(settings.batch_size, 4 * n_cells) if batch_size is None else batch_size
+        mean = squares = None
+        for repeat in range(n_repeats):
+            loader = CellSetLoader(
+                self.get_anndata_manager(adata, required=True),
+                rows,
+                n_cells=n_cells,
+                batch_size=batch_size,
+                seed=seed + repeat,
+                rule=rule,
+                by_context=by_context,
+                load_sparse_tensor=torch.device(self.device).type != "cpu",
+            )
+            out = self._scatter(loader, rows, compute, description)
+            if mean is None:
+                mean, squares = out, np.zeros_like(out)
+            else:  # Welford's update: stable, one array per moment
+                delta = out - mean
+                mean = mean + delta / (repeat + 1)
+                squares = squares + delta * (out - mean)
+        return mean, np.sqrt(squares / max(1, n_repeats - 1))
+
+    @torch.inference_mode()
+    def _scatter(
+        self, loader: CellSetLoader, rows: NDArray[np.int64], compute: Callable, description: str
+    ) -> NDArray[np.float32]:
+        self.module.eval()
+        out: NDArray[np.float32] | None = None
+        silent = len(loader) < 8  # a bar for work that takes a moment is noise
+        for batch in track(loader, description=description, disable=silent, style="tqdm"):
+            batch = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+            values = compute(batch).float().cpu().numpy()
+            valid = batch[LOADER_KEYS.VALID].cpu().numpy()
+            if out is None:
+                out = np.empty((len(rows), values.shape[1]), dtype=np.float32)
+            out[np.searchsorted(rows, batch[LOADER_KEYS.ROW].cpu().numpy()[valid])] = values[valid]
+        return out
+
+    @staticmethod
+    def _rows(adata: AnnOrMuData, indices: Indices | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Sorted unique rows to compute, and where each requested cell is among them."""
+        if indices is None:
+            rows = np.arange(adata.n_obs)
+            return rows, rows
+        indices = np.asarray(indices)
+        if indices.dtype == bool:
+            if indices.shape != (adata.n_obs,):
+                raise ValueError(f"`indices` is a mask of length {len(indices)}, but there are {adata.n_obs} cells.")
+            indices = np.flatnonzero(indices)
+        if indices.ndim != 1 or indices.size == 0 or indices.dtype.kind not in "iu":
+            raise ValueError("`indices` must be a non-empty sequence of row numbers or a boolean mask.")
+        if indices.min() < -adata.n_obs or indices.max() >= adata.n_obs:
+            raise ValueError(
+                f"`indices` has row {indices.max() if indices.max() >= adata.n_obs else indices.min()}, but there are {adata.n_obs} cells."
+            )
+        return np.unique(indices % adata.n_obs, return_inverse=True)
+
+
+def all_cells(values: NDArray[np.float32], rows: NDArray[np.int64], n_obs: int) -> NDArray[np.float32]:
+    """``values`` ``(len(rows), feature)`` as ``(n_obs, feature)``, NaN in all other rows."""
+    if len(rows) == n_obs:
+        return values
+    out = np.full((n_obs, values.shape[1]), np.nan, dtype=np.float32)
+    out[rows] = values
+    return out
+
+
+def all_cells_and_genes(
+    values: NDArray[np.float32], rows: NDArray[np.int64], genes: NDArray[np.str_], holder: AnnData
+) -> NDArray[np.float32]:
+    """``values`` ``(len(rows), len(genes))`` in the shape of ``holder``, NaN for other cells and genes."""
+    position = pd.Index(genes).get_indexer(holder.var_names.astype(str))
+    out = np.full(holder.shape, np.nan, dtype=np.float32)
+    known = np.flatnonzero(position >= 0)
+    out[np.ix_(rows, known)] = values[:, position[known]]
+    return out
