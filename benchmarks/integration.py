@@ -31,7 +31,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -62,9 +62,9 @@ SCIB_COLUMNS = {
     "KBET": "kBET",
     "Graph connectivity": "graph",
     "PCR comparison": "PCR",
-    "Bio conservation": "**bio**",
-    "Batch correction": "**batch**",
-    "Total": "**total**",
+    "bio": "**bio**",
+    "batch": "**batch**",
+    "total": "**total**",
 }
 
 
@@ -174,6 +174,7 @@ def normalize_and_select(adata: AnnData) -> AnnData:
 def prepare_dataset(name: str) -> AnnData:
     """Read one data set and apply the protocol; the result holds only what the methods and the scores need."""
     import anndata
+
     from cellweave import datasets
 
     raw = getattr(datasets, name)()
@@ -233,10 +234,10 @@ def fit_stack(adata: AnnData, dataset: str, seed: int, *, config: StackConfig) -
     cw.model.StackModel.setup_anndata(adata, layer="counts", **keys)
     model = cw.model.StackModel(adata, **config.model)
     with timed() as clock:
-        model.train(**config.train_kwargs(dataset))
+        model.train(**{"enable_progress_bar": False, **config.train_kwargs(dataset)})
     with timed() as embed:
         embedding = model.get_latent_representation()
-    extra = {"config": asdict(config), "embed_cpu_s": embed.cpu_s, "n_parameters": _n_parameters(model)}
+    extra = {"embed_cpu_s": embed.cpu_s, "n_parameters": _n_parameters(model)}
     return Fit(embedding, clock.cpu_s, clock.wall_s, extra | {"held_out": _held_out_metrics(model)})
 
 
@@ -249,7 +250,9 @@ def _held_out_metrics(model: Any) -> dict[str, float]:
     held_out = model.validation_indices
     if held_out is None or len(held_out) == 0:
         return {}
-    return {key: float(value) for key, value in model.get_reconstruction_metrics(indices=held_out).items()}
+    frame = model.get_reconstruction_metrics(indices=held_out)  # rows: the model and its baseline
+    cells = ((row, metric, frame.loc[row, metric]) for metric in frame.columns for row in frame.index)
+    return {f"{metric}, {row}": float(value) for row, metric, value in cells if np.isfinite(value)}
 
 
 def _scvi(n_layers: int, n_latent: int, max_epochs: int) -> Callable[..., Fit]:
@@ -265,6 +268,12 @@ METHODS: dict[str, Callable[..., Fit]] = {
     "scvi-2x30-100ep": _scvi(2, 30, 100),
     **{name: partial(fit_stack, config=config) for name, config in STACK_CONFIGS.items()},
 }
+
+
+def method_config(method: str) -> dict[str, Any]:
+    """The settings of a method as they are stored beside its embedding, to notice when they change."""
+    settings = getattr(METHODS[method], "keywords", {})
+    return json.loads(json.dumps({key: asdict(v) if is_dataclass(v) else v for key, v in settings.items()}))
 
 
 # --- the work folder --------------------------------------------------------------------------------------------------
@@ -304,6 +313,11 @@ def _version(package: str) -> str | None:
         return None
 
 
+def is_current(record: Mapping[str, Any]) -> bool:
+    """Whether a stored embedding belongs to the settings that this script has now."""
+    return record["method"] in METHODS and record["config"] == method_config(record["method"])
+
+
 def load_prepared(work: Path, dataset: str) -> AnnData:
     """Read the prepared data set, or say which step is missing."""
     import anndata
@@ -334,11 +348,14 @@ def score_embedding(adata: AnnData, embedding: np.ndarray) -> dict[str, float]:
 
 
 def collect_runs(work: Path) -> list[dict[str, Any]]:
-    """One record per scored embedding: data set, method, seed, scores, cost."""
+    """One record per scored embedding of the present configuration: data set, method, seed, scores, cost."""
     runs = []
     for path in sorted(work.glob("*/scores/*.json")):
-        fit = json.loads((path.parent.parent / "embeddings" / path.name).read_text())
-        runs.append({**fit, "scores": json.loads(path.read_text())["scores"]})
+        record = json.loads((path.parent.parent / "embeddings" / path.name).read_text())
+        if is_current(record):
+            runs.append({**record, "scores": json.loads(path.read_text())["scores"]})
+        else:
+            typer.echo(f"left out, its configuration has changed: {path}", err=True)
     return runs
 
 
@@ -424,8 +441,10 @@ def prepare(dataset: str, work: Work = default_work(), force: bool = False) -> N
     path.parent.mkdir(parents=True, exist_ok=True)
     adata = prepare_dataset(dataset)
     adata.write_h5ad(path, compression="gzip")
-    typer.echo(f"{dataset}: {adata.n_obs} cells x {adata.n_vars} genes, "
-               f"{adata.obs[BATCH_KEY].nunique()} batches, {adata.obs[LABEL_KEY].nunique()} labels")
+    typer.echo(
+        f"{dataset}: {adata.n_obs} cells x {adata.n_vars} genes, "
+        f"{adata.obs[BATCH_KEY].nunique()} batches, {adata.obs[LABEL_KEY].nunique()} labels"
+    )
 
 
 @app.command()
@@ -435,9 +454,11 @@ def run(dataset: str, method: str, seed: int = 0, work: Work = default_work(), f
     fitter = METHODS[_check(method, METHODS, "method")]
     folder, stem = work / dataset / "embeddings", f"{method}_seed{seed}"
     if (folder / f"{stem}.npz").exists() and not force:
-        return typer.echo(f"{dataset} {stem}: already there")
+        if is_current(json.loads((folder / f"{stem}.json").read_text())):
+            return typer.echo(f"{dataset} {stem}: already there")
+        typer.echo(f"{dataset} {stem}: the configuration has changed, fitting again")
     fit = fitter(load_prepared(work, dataset), dataset, seed)
-    write_fit(folder, stem, fit, {"dataset": dataset, "method": method, "seed": seed})
+    write_fit(folder, stem, fit, {"dataset": dataset, "method": method, "seed": seed, "config": method_config(method)})
     (work / dataset / "scores" / f"{stem}.json").unlink(missing_ok=True)  # the score of a replaced embedding is stale
     typer.echo(f"{dataset} {stem}: {fit.cpu_s:.1f} CPU-s, {fit.wall_s:.1f} s wall, {fit.embedding.shape[1]} dimensions")
 
@@ -455,11 +476,13 @@ def score(dataset: str, work: Work = default_work()) -> None:
         with timed() as clock:
             scores = score_embedding(adata, np.load(path)["embedding"])
         _write_json(folder / "scores" / f"{path.stem}.json", {"scores": scores, "score_cpu_s": clock.cpu_s})
-        typer.echo(f"{dataset} {path.stem}: total {scores['Total']:.3f} ({clock.cpu_s:.0f} CPU-s)")
+        typer.echo(f"{dataset} {path.stem}: total {scores['total']:.3f} ({clock.cpu_s:.0f} CPU-s)")
 
 
 @app.command()
-def table(work: Work = default_work(), output: Annotated[Path | None, typer.Option(help="Markdown file.")] = None) -> None:
+def table(
+    work: Work = default_work(), output: Annotated[Path | None, typer.Option(help="Markdown file.")] = None
+) -> None:
     """Print the result table, or write it to a file."""
     runs = collect_runs(work)
     if not runs:

@@ -93,7 +93,8 @@ html_theme_options = {"show_toc_level": 2, "use_download_button": False}
 def skip_what_others_wrote(_app: Sphinx, _what: str, _name: str, obj: object, skip: bool, _options: object) -> bool:
     """Leave out methods that a class inherits from scvi-tools, Lightning or torch; they are documented there."""
     function = getattr(obj, "fget", obj)  # of a property
-    is_foreign = inspect.isroutine(function) and not (function.__module__ or "").startswith("cellweave")
+    written_in = getattr(function, "__module__", None) or ""
+    is_foreign = inspect.isroutine(function) and not written_in.startswith("cellweave")
     return skip or is_foreign
 
 

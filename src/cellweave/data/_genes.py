@@ -11,6 +11,8 @@ import scipy.sparse as sp
 from anndata import AnnData
 from scvi import settings
 
+from ._validate import get_counts
+
 __all__ = ["align_genes"]
 
 _WARN_BELOW = 0.9
@@ -40,6 +42,8 @@ def align_genes(adata: AnnData, genes: Sequence[str], layer: str | None = None, 
 
     Raises
     ------
+    KeyError
+        If there is no such layer, or no ``X``.
     ValueError
         If gene names are repeated, or fewer than ``min_overlap`` of ``genes`` are found.
     """
@@ -52,7 +56,7 @@ def align_genes(adata: AnnData, genes: Sequence[str], layer: str | None = None, 
         )
     position = adata.var_names.get_indexer(wanted)  # (gene,), -1 where missing
     _report(position, wanted, adata, min_overlap)
-    x = _take_columns(adata.X if layer is None else adata.layers[layer], position)
+    x = _take_columns(get_counts(adata, layer), position)
     aligned = AnnData(X=x, obs=adata.obs.copy(), var=pd.DataFrame(index=wanted))
     if layer is not None:
         aligned.layers[layer] = aligned.X
@@ -66,7 +70,7 @@ def _report(position: np.ndarray, wanted: pd.Index, adata: AnnData, min_overlap:
     found = f"{n_found} of the {len(wanted)} genes of the model are in `adata.var_names`"
     if n_found == 0 or overlap < min_overlap:
         raise ValueError(
-            f"Only {found} (first of the model: {wanted[0]!r}, first of `adata`: {adata.var_names[0]!r}), less than "
+            f"Only {found} (first of the model: {wanted[:1].tolist()}, first of `adata`: {adata.var_names[:1].tolist()}), less than "
             f"`min_overlap={min_overlap}`; use the same kind of gene names (symbols or Ensembl identifiers)."
         )
     if overlap < _WARN_BELOW:

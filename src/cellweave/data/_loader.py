@@ -68,7 +68,8 @@ class CellSetDataset(Dataset):
         if not self.load_sparse_tensor:
             return torch.from_numpy(x.toarray())
         indptr, indices = (torch.from_numpy(a.astype(np.int64)) for a in (x.indptr, x.indices))
-        return torch.sparse_csr_tensor(indptr, indices, torch.from_numpy(x.data), size=x.shape)
+        data = torch.from_numpy(x.data)
+        return torch.sparse_csr_tensor(indptr, indices, data, size=x.shape, check_invariants=False)
 
 
 class CellSetLoader(DataLoader):

@@ -16,7 +16,8 @@ __all__ = ["RecoveredCounts", "recover_counts", "stored_precision"]
 # The smallest count of a cell is nearly always 1; larger values than 5 do not occur in cells that pass quality control.
 MAX_SMALLEST_COUNT = 5
 # Digits after the point that files are rounded to in practice; more digits cannot be told from float32 itself.
-MAX_DECIMALS = 5
+DECIMALS = (2, 3, 4, 5)
+TINY = 1e-12
 
 
 class RecoveredCounts(NamedTuple):
@@ -65,7 +66,7 @@ def recover_counts(
     Raises
     ------
     ValueError
-        Values are negative or not finite, or the counts of a cell are not determined by its values.
+        Values are negative, not finite or all integers, or the counts of a cell are not determined by its values.
 
     Notes
     -----
@@ -88,7 +89,7 @@ def recover_counts(
 def stored_precision(values: NDArray[np.floating]) -> float:
     """Largest rounding error of stored values, in their own units.
 
-    Values that all have at most d <= 5 digits after the point are off by up to half a unit of the last digit. To this
+    Values that all have at most d (2 to 5) digits after the point are off by up to half a unit of the last digit. To this
     comes the error of the floating-point type: four units in the last place of the largest value (the value itself and
     the three operations that made it: division, multiplication, logarithm). float64 is treated as float32, because most
     float64 files were written from float32.
@@ -104,7 +105,7 @@ def stored_precision(values: NDArray[np.floating]) -> float:
         Half of the last decimal, if there is one, plus the floating-point error.
     """
     float_error = _float_error(values)
-    for decimals in range(1, MAX_DECIMALS + 1):
+    for decimals in DECIMALS:
         if np.all(np.abs(values - np.round(values.astype(np.float64), decimals)) <= float_error):
             return 0.5 * 10.0**-decimals + float_error
     return float_error
@@ -128,6 +129,8 @@ def _checked_csr(values: Any) -> sp.csr_matrix:
     if np.any(matrix.data < 0):
         where = _first(matrix, matrix.data < 0)
         raise ValueError(f"Log-normalised values cannot be negative, found {where}; scaled data hold no counts.")
+    if matrix.nnz and np.array_equal(matrix.data, np.rint(matrix.data)):
+        raise ValueError("All values are integers, so they look like counts already; pass log-normalised values.")
     return matrix
 
 
@@ -136,13 +139,13 @@ def _first(matrix: sp.csr_matrix, bad: NDArray[np.bool_]) -> str:
     position = int(np.flatnonzero(bad)[0])
     row = int(np.searchsorted(matrix.indptr, position, side="right")) - 1
     found, column = matrix.data[position], int(matrix.indices[position])
-    return f"{int(bad.sum())} others, the first {found} at cell {row}, gene {column}"
+    return f"{int(bad.sum())} such values, the first is {found} in row {row}, column {column}"
 
 
 def _recover_cell(log_values: NDArray[np.float64], tolerance: float, name: Any) -> tuple[NDArray[np.float64], float]:
     """Counts and scale of one cell for the smallest k that is possible."""
-    # the true value of s * count lies between these two
-    low, high = np.expm1(np.maximum(log_values - tolerance, 0)), np.expm1(log_values + tolerance)
+    # the true value of s * count lies between these two; a stored nonzero value is never the count 0
+    low, high = np.maximum(np.expm1(log_values - tolerance), TINY), np.expm1(log_values + tolerance)
     for smallest in range(1, MAX_SMALLEST_COUNT + 1):
         least, most = _possible_counts(low, high, smallest)
         if np.any(least > most):
@@ -170,7 +173,7 @@ def _possible_counts(
     """
     scale_low, scale_high, n_settled = low.min() / smallest, high.min() / smallest, -1
     while True:
-        least, most = np.ceil(low / scale_high), np.floor(high / scale_low)
+        least, most = np.maximum(np.ceil(low / scale_high), 1), np.floor(high / scale_low)
         settled = least == most
         if np.any(least > most) or settled.sum() == n_settled:
             return least, most

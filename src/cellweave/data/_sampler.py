@@ -49,7 +49,14 @@ def draw_contexts(
         group, each at most once, and a group smaller than ``n_cells`` repeats its cells as evenly as possible.
         ``"sequential"`` keeps the given order and fills the last context with draws, with replacement, from its own
         cells, as the published Stack inference does.
+
+    Raises
+    ------
+    ValueError
+        If ``rule`` is unknown.
     """
+    if rule not in ("random", "sequential"):
+        raise ValueError(f"The rule of contexts must be 'random' or 'sequential', got {rule!r}.")
     order = rng.permutation(len(rows)) if rule == "random" else np.arange(len(rows))
     order = order[np.argsort(groups[order], kind="stable")]
     boundaries = np.flatnonzero(np.diff(groups[order])) + 1

@@ -89,7 +89,7 @@ class CellSetSplitter(LightningDataModule):
     Raises
     ------
     ValueError
-        If a share is out of range, the training set is empty, or several processes would split without a seed.
+        If a share is out of range, ``split_by`` is unknown, the training set is empty, or several processes would split without a seed.
     """
 
     def __init__(
@@ -113,6 +113,8 @@ class CellSetSplitter(LightningDataModule):
             raise ValueError(
                 "Training on several devices needs `scvi.settings.seed`: without it each process would split the cells differently."
             )
+        if split_by not in ("cell", "context"):
+            raise ValueError(f"`split_by` must be 'cell' or 'context', got {split_by!r}.")
         self.adata_manager = adata_manager
         self.seed = settings.seed if settings.seed is not None else int(np.random.SeedSequence().entropy % 2**32)
         self.train_size, validation_size = _check_sizes(train_size, validation_size)

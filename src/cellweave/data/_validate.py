@@ -12,10 +12,11 @@ import scipy.sparse as sp
 from anndata import AnnData
 from scvi import settings
 
-__all__ = ["check_counts", "check_groups", "check_names", "looks_like_counts"]
+__all__ = ["check_counts", "check_groups", "check_names", "get_counts", "looks_like_counts"]
 
-# Integers above this are not exact in float32, in which all models compute.
-_MAX_COUNT = 2**24
+# Integers above this are not exact in float32, in which all models compute. A float32, not an int: compared with a
+# float16 matrix an int would be cast to float16 and overflow.
+_MAX_COUNT = np.float32(2**24)
 # Entries inspected at a time, so that a backed or very large matrix is checked in bounded memory.
 _BLOCK_ENTRIES = 2**24
 
@@ -64,17 +65,13 @@ def check_counts(adata: AnnData, layer: str | None = None) -> None:
         If a value is NaN, infinite, negative or too large for exact float32 arithmetic, or if all are zero.
     """
     where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
-    if layer is not None and layer not in adata.layers:
-        raise KeyError(f"`layer={layer!r}` not found; `adata.layers` has {_some(adata.layers)}.")
-    x = adata.X if layer is None else adata.layers[layer]
-    if x is None:
-        raise KeyError(f"`adata.X` is empty; name the counts with `layer=`, `adata.layers` has {_some(adata.layers)}.")
+    x = get_counts(adata, layer)
     n_fractional, library = 0, np.zeros(adata.n_obs)
     for start, block in _row_blocks(x):
         _check_block(block, start, where, adata)
         values = _values(block)
         n_fractional += int(np.count_nonzero(values != np.rint(values))) if values.dtype.kind == "f" else 0
-        library[start : start + block.shape[0]] = np.asarray(block.sum(axis=1), dtype=np.float64).ravel()
+        library[start : start + block.shape[0]] = np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
     if not library.any():
         raise ValueError(f"`{where}` holds only zeros; give the raw counts with `layer=`.")
     if n_fractional:
@@ -85,6 +82,22 @@ def check_counts(adata: AnnData, layer: str | None = None) -> None:
     if n_empty:
         first = adata.obs_names[int(np.argmin(library != 0))]
         _warn(f"{n_empty} cell(s) have no counts in `{where}` (first: {first!r}); consider removing them.")
+
+
+def get_counts(adata: AnnData, layer: str | None = None) -> Any:
+    """``adata.X`` or a layer, with an error that names the layers there are.
+
+    Raises
+    ------
+    KeyError
+        If there is no such layer, or no ``X``.
+    """
+    if layer is not None and layer not in adata.layers:
+        raise KeyError(f"`layer={layer!r}` not found; `adata.layers` has {_some(adata.layers)}.")
+    x = adata.X if layer is None else adata.layers[layer]
+    if x is None:
+        raise KeyError(f"`adata.X` is empty; name the counts with `layer=`, `adata.layers` has {_some(adata.layers)}.")
+    return x
 
 
 def check_groups(obs: pd.DataFrame, key: str | None, argument: str) -> None:

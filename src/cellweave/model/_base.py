@@ -22,7 +22,7 @@ from cellweave import _compat
 from cellweave._keys import OUTPUT_KEYS, REGISTRY_KEYS
 from cellweave._types import AnnOrMuData
 from cellweave.data import CellSetSplitter, align_genes, check_names
-from cellweave.train import CellweaveTrainingPlan
+from cellweave.train import CellweaveTrainingPlan, CellweaveTrainRunner
 
 from ._contexts import ContextInferenceMixin
 from ._persistence import PersistenceMixin
@@ -35,6 +35,7 @@ class CellweaveModel(PersistenceMixin, ContextInferenceMixin, UnsupervisedTraini
 
     _data_splitter_cls = CellSetSplitter
     _training_plan_cls = CellweaveTrainingPlan
+    _train_runner_cls = CellweaveTrainRunner
 
     def __repr__(self) -> str:
         n_parameters = sum(p.numel() for p in self.module.parameters())
@@ -65,7 +66,7 @@ class CellweaveModel(PersistenceMixin, ContextInferenceMixin, UnsupervisedTraini
     ) -> None:
         """Train through scvi-tools, keeping its known traps away from the user.
 
-        The caller's random state is untouched: all draws of training are seeded by (seed, step).
+        The caller's random state is untouched: all draws of training are seeded by (seed, epoch, batch).
         """
         if self.adata is None:
             raise ValueError("This model has no data to train on; load it with `adata=` or create it from an AnnData.")
@@ -78,14 +79,18 @@ class CellweaveModel(PersistenceMixin, ContextInferenceMixin, UnsupervisedTraini
             if not has_validation:
                 raise ValueError("`early_stopping=True` needs validation cells; set `validation_size` above 0.")
             options["early_stopping"] = self._early_stopping(trainer)
+        self._validate_anndata(self.adata)  # replays our registration if the data were set up for another model since
         with _fork_random_state():
-            super().train(
-                max_epochs=max_epochs,
-                datasplitter_kwargs=splitter,
-                plan_kwargs=plan,
-                **options,
-                **trainer,
-            )
+            try:
+                super().train(
+                    max_epochs=max_epochs,
+                    datasplitter_kwargs=splitter,
+                    plan_kwargs=plan,
+                    **options,
+                    **trainer,
+                )
+            finally:
+                self.module.float()  # `precision="64-true"` and the like leave other dtypes behind
 
     @staticmethod
     def _early_stopping(trainer: dict[str, Any]) -> bool:
@@ -222,6 +227,8 @@ def _has_validation(train_size: float | None, validation_size: float | None) -> 
 def _fork_random_state() -> Iterator[None]:
     """Run with the random state of torch and numpy, and restore both afterwards."""
     numpy_state = np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    np.random.set_state(numpy_state)
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        np.random.set_state(numpy_state)

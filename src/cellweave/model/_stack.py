@@ -10,15 +10,15 @@ import torch
 from numpy.typing import NDArray
 
 from cellweave import _compat
-from cellweave._keys import LOADER_KEYS, OUTPUT_KEYS, REGISTRY_KEYS
+from cellweave._keys import LOADER_KEYS, REGISTRY_KEYS
 from cellweave._types import AnnOrMuData, ContextRule, Indices
-from cellweave.data import CellSetDataset, gene_shares
+from cellweave.data import CellSetDataset
 from cellweave.module import StackModule
-from cellweave.objective import masked_correlation, masked_mae, negative_binomial_nll
 
 from ._base import CellweaveModel
 from ._contexts import all_cells, all_cells_and_genes
 from ._setup import CountsSetupMixin
+from ._stack_masked import MaskedPredictionMixin
 
 __all__ = ["StackModel"]
 
@@ -26,7 +26,7 @@ __all__ = ["StackModel"]
 _TARGET_STEPS, _MIN_EPOCHS, _MAX_EPOCHS = 2000, 10, 400
 
 
-class StackModel(CountsSetupMixin, CellweaveModel):
+class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
     """Embed and denoise cells in the context of other cells by tabular attention.
 
     Every cell is read together with ``n_cells - 1`` others, its *context*: attention runs over gene tokens inside each
@@ -261,8 +261,9 @@ class StackModel(CountsSetupMixin, CellweaveModel):
         seed
             Seed of the assignment.
         key_added
-            Write the embedding to ``adata.obsm[key_added]`` (and its spread to ``key_added + "_sd"``), rows not in
-            ``indices`` as NaN. :attr:`cellweave._keys.OUTPUT_KEYS` has the usual key, ``"X_stack"``.
+            Write the embedding to ``adata.obsm[key_added]``, usually ``"X_stack"`` (and its spread to
+            ``key_added + "_sd"``), rows not in ``indices`` as NaN, and what produced it to
+            ``adata.uns["cellweave"][key_added]``.
 
         Returns
         -------
@@ -385,72 +386,6 @@ class StackModel(CountsSetupMixin, CellweaveModel):
         values = values[order]
         return values if return_numpy else pd.DataFrame(values, target.obs_names[rows[order]], self.genes[genes])
 
-    def get_reconstruction_metrics(
-        self,
-        adata: AnnOrMuData | None = None,
-        indices: Indices | None = None,
-        mask_rate: float = 0.5,
-        n_masks: int = 3,
-        batch_size: int | None = None,
-        seed: int = 0,
-    ) -> pd.DataFrame:
-        """How well counts of hidden genes are predicted, beside predicting each gene's mean share of the library.
-
-        The same random genes are hidden from all cells, ``n_masks`` times; scores are averages. The mean shares come
-        from the training cells of the model where its data are attached, else from the given cells.
-
-        Parameters
-        ----------
-        adata
-            Data to score; the data of the model by default. Genes are matched by name.
-        indices
-            Rows or mask of the cells, for instance ``model.validation_indices``; all by default.
-        mask_rate
-            Share of hidden genes.
-        n_masks
-            Number of random gene sets.
-        batch_size
-            Cells per forward pass.
-        seed
-            Seed of the gene sets and contexts.
-
-        Returns
-        -------
-        Frame with rows ``"StackModel"`` and ``"gene mean share"`` and columns ``masked_corr`` (mean Pearson correlation
-        per cell), ``masked_mae`` (counts) and, for the model, ``masked_nll`` (nats per entry).
-
-        Raises
-        ------
-        ValueError
-            If ``mask_rate`` hides no gene or all of them.
-        """
-        n_masked = int(self.module.n_genes * mask_rate)
-        if not 0 < n_masked < self.module.n_genes:
-            raise ValueError(
-                f"`mask_rate={mask_rate}` hides {n_masked} of {self.module.n_genes} genes; choose another."
-            )
-        with self._registered(adata) as data:
-            rows, _ = self._rows(data, indices)
-            share = torch.as_tensor(self._mean_share(data, rows), dtype=torch.float32, device=self.device)
-            scores = np.zeros(5)
-            for repeat in range(n_masks):
-                generator = torch.Generator().manual_seed(seed + repeat)
-                hidden = torch.randperm(self.module.n_genes, generator=generator)[:n_masked].to(self.device)
-                per_cell, _ = self._over_contexts(
-                    data,
-                    rows,
-                    lambda batch, hidden=hidden: self._masked_scores(batch, hidden, share),
-                    n_cells=self.module.n_cells,
-                    batch_size=batch_size,
-                    seed=seed + repeat,
-                    description="Predicting hidden genes",
-                )
-                scores += per_cell.mean(axis=0, dtype=np.float64) / n_masks
-        columns = ["masked_corr", "masked_mae", "masked_nll"]
-        return pd.DataFrame(
-            [scores[:3], [*scores[3:], np.nan]], index=[type(self).__name__, "gene mean share"], columns=columns
-        )
-
     def get_attention(self, indices: Indices, adata: AnnOrMuData | None = None) -> NDArray[np.float32]:
         """Attention between cells that form one context.
 
@@ -494,23 +429,6 @@ class StackModel(CountsSetupMixin, CellweaveModel):
 
     def _embed(self, batch: dict[str, Any]) -> torch.Tensor:
         return self._encode(batch)[0].flatten(0, 1)  # (cell, dim)
-
-    def _masked_scores(self, batch: dict[str, Any], hidden: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-        """Correlation, error and likelihood of the model, then correlation and error of the mean share: ``(cell, 5)``."""
-        z, library = self._encode(batch, hidden)
-        predicted = self.module.decode(z.flatten(0, 1), library, batch[REGISTRY_KEYS.BATCH], hidden)
-        x = batch[REGISTRY_KEYS.X].to_dense() if batch[REGISTRY_KEYS.X].is_sparse_csr else batch[REGISTRY_KEYS.X]
-        x, by_share = x[:, hidden], share[hidden] * library
-        nll = negative_binomial_nll(x, predicted["px_rate"], predicted["px_r"]) / len(hidden)
-        rates = (predicted["px_rate"], by_share)
-        scores = [metric(x, rate) for rate in rates for metric in (masked_correlation, masked_mae)]
-        return torch.stack([*scores[:2], nll, *scores[2:]], dim=1)
-
-    def _mean_share(self, adata: AnnOrMuData, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Share of each gene in all counts ``(gene,)``, of the training cells if they are at hand."""
-        if self.adata_manager is not None and self.train_indices is not None:
-            return gene_shares(self.adata_manager, np.sort(self.train_indices))
-        return gene_shares(self.get_anndata_manager(adata, required=True), rows)
 
     def _batch_code(self, batch: str | None) -> int | None:
         if batch is None:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 __all__ = ["MultiHeadAttention", "TabularAttentionLayer", "within_cell_heads"]
 
-# Fused CPU attention is slower in bfloat16 than in float32 for heads this narrow.
+# Heads narrower than this get special care on the CPU, see `_project`.
 _NARROW_HEAD = 16
 
 
@@ -87,8 +87,9 @@ class MultiHeadAttention(nn.Module):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # rows of qkv.weight are q, k, v, each head-major: (batch, seq, 3, head, width) -> 3 x (batch, head, seq, width)
         qkv = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
-        if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and qkv.shape[-1] < _NARROW_HEAD:
-            qkv = qkv.float()
+        if qkv.device.type == "cpu" and qkv.shape[-1] < _NARROW_HEAD:
+            # fused CPU attention over narrow heads wants float32 (bfloat16 is slower there) and contiguous rows
+            qkv = (qkv.float() if qkv.dtype == torch.bfloat16 else qkv).contiguous()
         q, k, v = qkv.unbind(0)
         return q, k, v
 

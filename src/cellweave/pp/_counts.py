@@ -28,8 +28,8 @@ def recover_counts(data: AnnData | Any, layer: str | None = None, tolerance: flo
         Layer of the AnnData; default ``X``.
     tolerance
         Largest error of a stored value in natural log units, for example 5e-4 for values rounded to three decimals.
-        Default: half of the last decimal if all values are rounded to at most five decimals, plus the error of the
-        floating-point type.
+        Default: half of the last decimal if all values are rounded to two to five decimals, otherwise 0. The error of
+        the floating-point type is always added.
 
     Returns
     -------
@@ -41,8 +41,8 @@ def recover_counts(data: AnnData | Any, layer: str | None = None, tolerance: flo
     KeyError
         The layer does not exist.
     ValueError
-        Values are negative, not finite, or do not determine integer counts; the message names the cell and how far the
-        worst value is from the closest count.
+        Values are negative, not finite or all integers, or do not determine integer counts; the message names the cell
+        and how far its worst value is from an integer multiple.
 
     Notes
     -----

@@ -1,4 +1,4 @@
-"""Training plan: optimiser, schedule, logging, and randomness that depends on (seed, step) only."""
+"""Training plan: optimiser, schedule, logging, and randomness that depends on seed, epoch and batch only."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ._schedules import SCHEDULES
 
 __all__ = ["CellweaveTrainingPlan"]
 
-# Streams of the per-step seeds, so that training and validation never share draws.
+# Streams of the per-batch seeds, so that training and validation never share draws.
 _TRAIN, _VALIDATION = 0, 1
 
 
 class CellweaveTrainingPlan(LightningModule):
     """Optimise a module with AdamW and log every loss term once per epoch.
 
-    Masks, dropout and other draws of a training step are seeded from (seed, step), those of a validation batch from
-    (seed, batch), so that a resumed run continues the trajectory and validation curves are comparable over epochs.
+    Masks, dropout and other draws of a training batch are seeded from (seed, epoch, batch), those of a validation batch
+    from (seed, batch), so that a resumed run continues the trajectory and validation curves are comparable over epochs.
 
     Parameters
     ----------
@@ -71,7 +71,9 @@ class CellweaveTrainingPlan(LightningModule):
         self.module = module
         self.lr, self.weight_decay, self.betas, self.eps = lr, weight_decay, betas, eps
         self.warmup_steps, self.schedule = warmup_steps, schedule
-        self._forward = torch.compile(module, **(compile_kwargs or {})) if compile else module
+        forward = torch.compile(module, **(compile_kwargs or {})) if compile else module
+        # not registered as a second submodule: checkpoints hold the weights once, compiled or not
+        object.__setattr__(self, "_forward", forward)
         self.seed = settings.seed if settings.seed is not None else int(np.random.SeedSequence().entropy % 2**32)
         self.n_obs_training: int | None = None  # both are set by the scvi-tools runner
         self.n_obs_validation: int | None = None
@@ -82,7 +84,8 @@ class CellweaveTrainingPlan(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One optimiser step."""
-        self._seed_step(_TRAIN, self.global_step)
+        # not the optimiser step, which is the same for all batches whose gradients are accumulated
+        self._seed_batch(_TRAIN, self.current_epoch, batch_idx)
         output = self._forward(batch)[2]
         if not torch.isfinite(output.loss):
             terms = ", ".join(f"{name}={value.item():.4g}" for name, value in output.extra_metrics.items())
@@ -95,7 +98,7 @@ class CellweaveTrainingPlan(LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Loss and metrics of one validation batch."""
-        self._seed_step(_VALIDATION, batch_idx)
+        self._seed_batch(_VALIDATION, 0, batch_idx)
         self._log(self._forward(batch)[2], "validation")
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -112,8 +115,9 @@ class CellweaveTrainingPlan(LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step, n_warmup, n_total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _seed_step(self, stream: int, step: int) -> None:
-        state = np.random.SeedSequence([self.seed, stream, step, self.global_rank]).generate_state(1, np.uint64)
+    def _seed_batch(self, stream: int, epoch: int, batch_idx: int) -> None:
+        entropy = [self.seed, stream, epoch, batch_idx, self.global_rank]
+        state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
         torch.manual_seed(int(state[0] >> np.uint64(1)))
 
     def _log(self, output: LossOutput, split: Literal["train", "validation"]) -> None:

@@ -1,0 +1,106 @@
+"""Training and embedding throughput of StackModel beside the published implementation, as ratios of one run.
+
+The original (``arc-stack`` on PyPI, non-commercial licence) stays in an environment of its own; it is run, not read::
+
+    python -m venv arc && arc/bin/pip install torch==2.13.0 arc-stack
+    python benchmarks/stack.py --original arc/bin/python --output benchmarks/results/stack.md
+
+Implementations alternate (ours, original, ours, ...), each in a fresh single-threaded process with the same weights,
+counts and random draws. Figures are CPU seconds, so that a busy machine shifts both alike; ratios are medians of pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+WORKER = Path(__file__).with_name("_stack_worker.py")
+
+
+def _config(n_hidden: int, n_cells: int, n_layers: int, n_contexts: int = 4, n_genes: int = 2000) -> dict:
+    sizes = {"n_genes": n_genes, "n_hidden": n_hidden, "token_dim": 16, "n_cells": n_cells, "n_layers": n_layers}
+    return {"model": {**sizes, "n_heads": 8, "n_proj": 64, "sw_weight": 0.01}, "n_contexts": n_contexts}
+
+
+CONFIGS = {
+    "H=50, N=128, L=4": _config(50, 128, 4),
+    "H=50, N=256, L=9": _config(50, 256, 9),
+    "H=100, N=256, L=9 (published size)": _config(100, 256, 9),
+}
+CASES = [
+    ("train", "H=50, N=128, L=4", "float32"),
+    ("train", "H=50, N=256, L=9", "float32"),
+    ("train", "H=100, N=256, L=9 (published size)", "float32"),
+    ("train", "H=50, N=256, L=9", "bfloat16"),
+    ("embed", "H=50, N=128, L=4", "float32"),
+    ("embed", "H=100, N=256, L=9 (published size)", "float32"),
+]
+
+
+def measure(python: str, implementation: str, task: str, config: dict, precision: str, repeats: int) -> dict[str, float]:
+    """Figures of one fresh process."""
+    # -P: without it this file, stack.py, would be found before the package of the original
+    command = [python, "-P", "-W", "ignore", str(WORKER), implementation, task, "--config", json.dumps(config)]
+    command += ["--precision", precision, "--repeats", str(repeats)]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if result.returncode:
+        raise RuntimeError(f"{implementation} {task} failed:\n{result.stderr[-2000:]}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def compare(original: str, case: tuple[str, str, str], pairs: int, repeats: int) -> str:
+    """One row of the table."""
+    task, name, precision = case
+    runs = []
+    for _ in range(pairs):
+        ours = measure(sys.executable, "cellweave", task, CONFIGS[name], precision, repeats)
+        theirs = measure(original, "original", task, CONFIGS[name], precision, repeats)
+        runs.append((ours, theirs))
+        print(task, name, precision, ours, theirs, flush=True)
+    speed = [theirs["cpu_s"] / ours["cpu_s"] for ours, theirs in runs]
+    memory = [theirs["memory_mb"] / ours["memory_mb"] for ours, theirs in runs]
+    deviation = max(abs(ours["loss"] / theirs["loss"] - 1) for ours, theirs in runs)
+
+    def middle(which: int, key: str) -> float:
+        return statistics.median(pair[which][key] for pair in runs)
+
+    cells = [f"{task} | {name} | {precision}"]
+    cells += [f"{middle(i, 'cpu_s'):.2f} ({middle(i, 'cells_per_cpu_s'):.0f})" for i in (0, 1)]
+    cells += [f"**{statistics.median(speed):.2f}** ({min(speed):.2f}–{max(speed):.2f})"]
+    cells += [f"{middle(0, 'memory_mb'):.0f} / {middle(1, 'memory_mb'):.0f} ({statistics.median(memory):.2f}x)"]
+    cells += [f"{deviation:.1e}"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    """Run all cases and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--original", required=True, help="python of the environment with arc-stack")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    rows = [compare(args.original, case, args.pairs, args.repeats) for case in CASES]
+    header = [
+        "# StackModel beside the published implementation",
+        "",
+        f"`python benchmarks/stack.py --original <python with arc-stack> --pairs {args.pairs} --repeats {args.repeats}`,",
+        f"one thread, {platform.machine()}, Python {platform.python_version()}; 2 000 genes, 4 contexts per step, token",
+        "width 16. Speed is the original's CPU time divided by ours, pair by pair: median (range). Memory is the peak",
+        "resident memory in MB that the task adds to the imported package and weights. The last column is the relative",
+        "difference of the first training loss, or of the mean absolute embedding.",
+        "",
+        "| task | configuration | precision | ours, CPU-s (cells per CPU-s) | original | speed | memory ours / original | difference |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    args.output.write_text("\n".join([*header, *rows]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
