@@ -56,7 +56,12 @@ def train(implementation: str, config: dict, precision: str, repeats: int) -> di
     first_loss = step()
     seconds = _median_cpu(step, repeats)
     cells = n_contexts * n_cells
-    return {"cpu_s": seconds, "cells_per_cpu_s": cells / seconds, "memory_mb": _peak_memory() - before, "loss": first_loss}
+    return {
+        "cpu_s": seconds,
+        "cells_per_cpu_s": cells / seconds,
+        "memory_mb": _peak_memory() - before,
+        "loss": first_loss,
+    }
 
 
 def embed(implementation: str, config: dict, precision: str, repeats: int) -> dict[str, float]:
@@ -80,6 +85,7 @@ def embed(implementation: str, config: dict, precision: str, repeats: int) -> di
 
 def _embed_cellweave(module: torch.nn.Module, path: str, genes: list[str], config: dict) -> np.ndarray:
     import anndata
+
     from cellweave.model import StackModel
 
     adata = anndata.read_h5ad(path)

@@ -43,7 +43,9 @@ CASES = [
 ]
 
 
-def measure(python: str, implementation: str, task: str, config: dict, precision: str, repeats: int) -> dict[str, float]:
+def measure(
+    python: str, implementation: str, task: str, config: dict, precision: str, repeats: int
+) -> dict[str, float]:
     """Figures of one fresh process."""
     # -P: without it this file, stack.py, would be found before the package of the original
     command = [python, "-P", "-W", "ignore", str(WORKER), implementation, task, "--config", json.dumps(config)]

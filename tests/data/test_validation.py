@@ -260,7 +260,9 @@ def test_largest_exact_count_is_accepted(make_adata):
 @pytest.mark.parametrize(
     ("storage", "dtype"),
     [("dense", np.float16)]  # scipy has no sparse float16
-    + [(s, t) for s in ("dense", "csr") for t in (np.int8, np.uint16, np.int32, np.int64, np.float32, np.float64, bool)],
+    + [
+        (s, t) for s in ("dense", "csr") for t in (np.int8, np.uint16, np.int32, np.int64, np.float32, np.float64, bool)
+    ],
 )
 def test_every_number_type_is_checked_without_noise(make_adata, storage, dtype):
     """Protects the checks themselves: no overflow or warning for any dtype of proper counts."""
@@ -286,7 +288,9 @@ def test_continuous_columns(values, is_refused):
     """Protects against one category per cell: many distinct numbers are refused, names and few numbers are not."""
     obs = pd.DataFrame({"column": values})
     if is_refused:
-        with pytest.raises(ValueError, match=r"`adata.obs\['column'\]` \(`batch_key`\) has 300 distinct numbers in 300"):
+        with pytest.raises(
+            ValueError, match=r"`adata.obs\['column'\]` \(`batch_key`\) has 300 distinct numbers in 300"
+        ):
             check_groups(obs, "column", "batch_key")
     else:
         check_groups(obs, "column", "batch_key")

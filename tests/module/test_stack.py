@@ -289,7 +289,9 @@ def test_batch_condition_starts_as_the_published_model(condition):
     torch.testing.assert_close(_outputs(_with_weights_of_none(condition), BATCHES), expected)
 
 
-@pytest.mark.parametrize(("condition", "z_changes", "output_changes"), [("none", 0, 0), ("decoder", 0, 1), ("both", 1, 1)])
+@pytest.mark.parametrize(
+    ("condition", "z_changes", "output_changes"), [("none", 0, 0), ("decoder", 0, 1), ("both", 1, 1)]
+)
 def test_what_the_batch_reaches_after_an_update(condition, z_changes, output_changes):
     """Protects the meaning of `batch_condition`: "decoder" keeps the batch out of the embedding, "both" does not."""
     module = _with_weights_of_none(condition).train()
@@ -308,7 +310,9 @@ def test_none_has_only_the_published_weights(stack_tiny):
     """Protects published checkpoints: "none" adds no key; the conditions add embeddings of their own, nothing else."""
     config = stack_tiny[0]["core"]["config"]
     published = set(stack_tiny[0]["core"]["state_dict"])
-    keys = {c: set(StackModule(**config, batch_condition=c, n_batch=3).state_dict()) for c in ("none", "decoder", "both")}
+    keys = {
+        c: set(StackModule(**config, batch_condition=c, n_batch=3).state_dict()) for c in ("none", "decoder", "both")
+    }
     assert keys["none"] == published
     assert keys["decoder"] - published == {"decoder_batch.weight"}
     assert keys["both"] - published == {"decoder_batch.weight", "encoder_batch.weight"}

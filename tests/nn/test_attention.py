@@ -139,9 +139,7 @@ def test_position_matters_to_the_layer():
     layer, grid, position = _layer(), _grid(), torch.randn(3, 4, dtype=torch.float64)
     order = torch.tensor([2, 0, 1])
     u = layer._within_cells(grid, position).view_as(grid)
-    torch.testing.assert_close(
-        layer._within_cells(grid[:, :, order], position[order]).view_as(grid), u[:, :, order]
-    )
+    torch.testing.assert_close(layer._within_cells(grid[:, :, order], position[order]).view_as(grid), u[:, :, order])
     assert not torch.allclose(layer._within_cells(grid[:, :, order], position).view_as(grid), u[:, :, order])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -81,7 +82,7 @@ def _report(position: np.ndarray, wanted: pd.Index, adata: AnnData, min_overlap:
         )
 
 
-def _take_columns(x: object, position: np.ndarray) -> sp.csr_matrix | np.ndarray:
+def _take_columns(x: Any, position: np.ndarray) -> sp.csr_matrix | np.ndarray:
     """Columns ``position`` of ``x``, zero where ``position`` is -1."""
     found = position >= 0
     if not isinstance(x, np.ndarray) and not sp.issparse(x):

@@ -50,10 +50,10 @@ class CellSetDataset(Dataset):
     def __len__(self) -> int:
         return self.x.shape[0]
 
-    def __getitem__(self, sample: tuple[NDArray[np.int64], NDArray[np.bool_]]) -> dict[str, Tensor | int]:
+    def __getitem__(self, sample: tuple[NDArray[np.int64], NDArray[np.bool_]]) -> dict[str, Any]:
         """Batch for ``(rows, valid)``: counts float32 ``(cell, gene)``, codes int64 ``(cell, 1)``, rows and validity."""
         rows, valid = sample
-        batch = {key: codes[rows] for key, codes in self.codes.items()}
+        batch: dict[str, Any] = {key: codes[rows] for key, codes in self.codes.items()}
         batch[REGISTRY_KEYS.X] = self._counts(rows)
         batch[LOADER_KEYS.ROW] = torch.from_numpy(rows)
         batch[LOADER_KEYS.VALID] = torch.from_numpy(valid)
@@ -61,7 +61,7 @@ class CellSetDataset(Dataset):
         return batch
 
     def _counts(self, rows: NDArray[np.int64]) -> Tensor:
-        x = self.x[rows] if isinstance(self.x, np.ndarray | sp.csr_matrix) else _read_backed(self.x, rows)
+        x: Any = self.x[rows] if isinstance(self.x, np.ndarray | sp.csr_matrix) else _read_backed(self.x, rows)
         x = x.astype(np.float32, copy=False)
         if not sp.issparse(x):
             return torch.from_numpy(np.ascontiguousarray(x))
@@ -135,6 +135,8 @@ class CellSetLoader(DataLoader):
             distributed=distributed_sampler,
         )
         kwargs.setdefault("num_workers", settings.dl_num_workers)
+        # without a generator of its own, every iterator would draw a number from the user's global one
+        kwargs.setdefault("generator", torch.Generator().manual_seed(seed))
         super().__init__(_WithContextSize(dataset, n_cells), sampler=sampler, batch_size=None, **kwargs)
 
 
@@ -144,7 +146,7 @@ class _WithContextSize(Dataset):
     def __init__(self, dataset: CellSetDataset, n_cells: int) -> None:
         self.dataset, self.n_cells = dataset, n_cells
 
-    def __getitem__(self, sample: tuple[NDArray[np.int64], NDArray[np.bool_]]) -> dict[str, Tensor | int]:
+    def __getitem__(self, sample: tuple[NDArray[np.int64], NDArray[np.bool_]]) -> dict[str, Any]:
         return {**self.dataset[sample], LOADER_KEYS.N_CELLS: self.n_cells}
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import secrets
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
@@ -22,7 +23,7 @@ def split_cells(
     groups: NDArray[np.integer],
     train_size: float,
     validation_size: float,
-    rng: np.random.Generator,
+    rng: _Permuter,
     split_by: Literal["cell", "context"] = "cell",
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Split cells into training, validation and test rows.
@@ -116,7 +117,7 @@ class CellSetSplitter(LightningDataModule):
         if split_by not in ("cell", "context"):
             raise ValueError(f"`split_by` must be 'cell' or 'context', got {split_by!r}.")
         self.adata_manager = adata_manager
-        self.seed = settings.seed if settings.seed is not None else int(np.random.SeedSequence().entropy % 2**32)
+        self.seed = settings.seed if settings.seed is not None else secrets.randbits(32)
         self.train_size, validation_size = _check_sizes(train_size, validation_size)
         groups = np.asarray(adata_manager.get_from_registry(REGISTRY_KEYS.CONTEXT)).ravel()
         if split_by == "context" and len(np.unique(groups)) < 2:
@@ -155,17 +156,22 @@ class CellSetSplitter(LightningDataModule):
         return CellSetLoader(self.adata_manager, rows, shuffle=False, **self.data_loader_kwargs) if len(rows) else []
 
 
+class _Permuter(Protocol):
+    """What a split needs of a random generator."""
+
+    def permutation(self, n: int, /) -> NDArray[np.int64]: ...
+
+
 class _InOrder:
     """Stands in for a generator where the split follows the row order."""
 
-    def permutation(self, n: int) -> NDArray[np.int64]:
+    def permutation(self, n: int, /) -> NDArray[np.int64]:
         return np.arange(n)
 
 
 def _check_sizes(train_size: float | None, validation_size: float | None) -> tuple[float, float]:
-    train_size = 0.9 if train_size is None and validation_size is None else train_size
     if train_size is None:
-        train_size = 1.0 - validation_size
+        train_size = 0.9 if validation_size is None else 1.0 - validation_size
     if validation_size is None:
         validation_size = 1.0 - train_size
     if not 0 < train_size <= 1 or not 0 <= validation_size < 1 or train_size + validation_size > 1 + 1e-9:

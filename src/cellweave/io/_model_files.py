@@ -6,15 +6,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
+from zipfile import BadZipFile
 
 import numpy as np
 import safetensors.torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor
 
 from . import _json
@@ -24,6 +26,7 @@ __all__ = ["ModelFileError", "SavedModel", "read_model", "write_model"]
 SCHEMA = 1
 _WEIGHTS, _CONFIG, _REGISTRY = "weights.safetensors", "config.json", "registry.json"
 _HISTORY, _INDICES, _MANIFEST = "history.json", "indices.npz", "MANIFEST.json"
+_FILES = (_WEIGHTS, _CONFIG, _REGISTRY, _HISTORY, _INDICES)
 
 
 class ModelFileError(ValueError):
@@ -83,14 +86,29 @@ def read_model(dir_path: str | os.PathLike[str]) -> SavedModel:
     """
     target = _find(Path(dir_path))
     _verify(target)
-    arrays = np.load(target / _INDICES, allow_pickle=False)
     return SavedModel(
-        weights=safetensors.torch.load_file(target / _WEIGHTS),
-        config=_json.loads((target / _CONFIG).read_bytes()),
-        registry=_json.loads((target / _REGISTRY).read_bytes()),
-        history=_json.loads((target / _HISTORY).read_bytes()),
-        indices={key: arrays[key] for key in arrays.files},
+        weights=_decoded(target / _WEIGHTS, safetensors.torch.load_file),
+        config=_decoded(target / _CONFIG, _read_json),
+        registry=_decoded(target / _REGISTRY, _read_json),
+        history=_decoded(target / _HISTORY, _read_json),
+        indices=_decoded(target / _INDICES, _read_arrays),
     )
+
+
+def _decoded(path: Path, read: Callable[[Path], Any]) -> Any:
+    try:
+        return read(path)
+    except (ValueError, TypeError, KeyError, EOFError, BadZipFile, SafetensorError) as error:
+        raise ModelFileError(f"`{path}` is not what a model directory holds: {error}") from error
+
+
+def _read_json(path: Path) -> Any:
+    return _json.loads(path.read_bytes())
+
+
+def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 def _write_files(folder: Path, saved: SavedModel) -> None:
@@ -100,9 +118,8 @@ def _write_files(folder: Path, saved: SavedModel) -> None:
     (folder / _REGISTRY).write_bytes(_json.dumps(saved.registry))
     (folder / _HISTORY).write_bytes(_json.dumps(saved.history))
     with (folder / _INDICES).open("wb") as file:
-        np.savez(file, **saved.indices)
-    names = (_WEIGHTS, _CONFIG, _REGISTRY, _HISTORY, _INDICES)
-    files = {name: {"sha256": _sha256(folder / name), "size": (folder / name).stat().st_size} for name in names}
+        np.savez(file, **saved.indices)  # type: ignore[arg-type]
+    files = {name: {"sha256": _sha256(folder / name), "size": (folder / name).stat().st_size} for name in _FILES}
     (folder / _MANIFEST).write_bytes(
         _manifest_bytes({"schema": SCHEMA, "cellweave": version("cellweave"), "files": files})
     )
@@ -117,7 +134,12 @@ def _swap(staging: Path, target: Path) -> None:
     shutil.rmtree(backup, ignore_errors=True) if target.exists() else None
     if target.exists():
         target.rename(backup)
-    staging.rename(target)
+    try:
+        staging.rename(target)
+    except BaseException:
+        if backup.exists():
+            backup.rename(target)
+        raise
     _sync(target.parent)
     shutil.rmtree(backup, ignore_errors=True)
 
@@ -153,8 +175,11 @@ def _verify(folder: Path) -> None:
             f"`{folder}` has file schema {manifest['schema']}, this version of cellweave reads up to {SCHEMA}; "
             f"upgrade cellweave to at least {manifest['cellweave']}."
         )
-    for name, expected in manifest["files"].items():
+    for name in _FILES:
         path = folder / name
+        expected = manifest["files"].get(name)
+        if expected is None:
+            raise ModelFileError(f"`{folder / _MANIFEST}` does not list {name}; restore the directory from a copy.")
         if not path.is_file():
             raise ModelFileError(f"`{path}` is missing; restore the model directory from a copy.")
         if path.stat().st_size != expected["size"] or _sha256(path) != expected["sha256"]:

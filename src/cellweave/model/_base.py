@@ -91,6 +91,9 @@ class CellweaveModel(PersistenceMixin, ContextInferenceMixin, UnsupervisedTraini
                 )
             finally:
                 self.module.float()  # `precision="64-true"` and the like leave other dtypes behind
+        history: Any = getattr(self, "history_", None)
+        if isinstance(history, dict):  # the logger of scvi-tools collects objects
+            self.history_ = {name: frame.astype(float) for name, frame in history.items()}
 
     @staticmethod
     def _early_stopping(trainer: dict[str, Any]) -> bool:
@@ -151,7 +154,7 @@ class CellweaveModel(PersistenceMixin, ContextInferenceMixin, UnsupervisedTraini
                 "The genes of this MuData differ from those of the model; align the modality with "
                 "`cellweave.pp.align_genes(mdata[...], model.genes)` first."
             )
-        return align_genes(adata, self.genes, layer=self.registry_[_compat.SETUP_ARGS_KEY].get("layer"))
+        return align_genes(adata, self.genes.tolist(), layer=self.registry_[_compat.SETUP_ARGS_KEY].get("layer"))
 
     def _has_model_genes(self, adata: AnnOrMuData) -> bool:
         return np.array_equal(self._gene_data(adata).var_names.to_numpy().astype(str), self.genes)

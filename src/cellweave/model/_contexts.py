@@ -43,7 +43,7 @@ class ContextInferenceMixin:
         is taken from the one context in which it is valid; repeat ``r`` uses the assignment of seed ``seed + r``.
         """
         batch_size = max(settings.batch_size, 4 * n_cells) if batch_size is None else batch_size
-        mean = squares = None
+        mean = squares = np.zeros(0, dtype=np.float32)
         for repeat in range(n_repeats):
             loader = CellSetLoader(
                 self.get_anndata_manager(adata, required=True),
@@ -56,26 +56,26 @@ class ContextInferenceMixin:
                 load_sparse_tensor=torch.device(self.device).type != "cpu",
             )
             out = self._scatter(loader, rows, compute, description)
-            if mean is None:
+            if repeat == 0:
                 mean, squares = out, np.zeros_like(out)
             else:  # Welford's update: stable, one array per moment
                 delta = out - mean
-                mean = mean + delta / (repeat + 1)
+                mean = mean + delta / np.float32(repeat + 1)
                 squares = squares + delta * (out - mean)
-        return mean, np.sqrt(squares / max(1, n_repeats - 1))
+        return mean, np.sqrt(squares / np.float32(max(1, n_repeats - 1)))
 
     @torch.inference_mode()
     def _scatter(
         self, loader: CellSetLoader, rows: NDArray[np.int64], compute: Callable, description: str
     ) -> NDArray[np.float32]:
         self.module.eval()
-        out: NDArray[np.float32] | None = None
+        out = np.zeros((0, 0), dtype=np.float32)
         silent = len(loader) < 8  # a bar for work that takes a moment is noise
         for batch in track(loader, description=description, disable=silent, style="tqdm"):
             batch = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
             values = compute(batch).float().cpu().numpy()
             valid = batch[LOADER_KEYS.VALID].cpu().numpy()
-            if out is None:
+            if out.size == 0:
                 out = np.empty((len(rows), values.shape[1]), dtype=np.float32)
             out[np.searchsorted(rows, batch[LOADER_KEYS.ROW].cpu().numpy()[valid])] = values[valid]
         return out
@@ -93,10 +93,9 @@ class ContextInferenceMixin:
             indices = np.flatnonzero(indices)
         if indices.ndim != 1 or indices.size == 0 or indices.dtype.kind not in "iu":
             raise ValueError("`indices` must be a non-empty sequence of row numbers or a boolean mask.")
-        if indices.min() < -adata.n_obs or indices.max() >= adata.n_obs:
-            raise ValueError(
-                f"`indices` has row {indices.max() if indices.max() >= adata.n_obs else indices.min()}, but there are {adata.n_obs} cells."
-            )
+        outside = indices[(indices < -adata.n_obs) | (indices >= adata.n_obs)]
+        if outside.size:
+            raise ValueError(f"`indices` has row {outside[0]}, but there are {adata.n_obs} cells.")
         return np.unique(indices % adata.n_obs, return_inverse=True)
 
 
@@ -113,8 +112,9 @@ def all_cells_and_genes(
     values: NDArray[np.float32], rows: NDArray[np.int64], genes: NDArray[np.str_], holder: AnnData
 ) -> NDArray[np.float32]:
     """``values`` ``(len(rows), len(genes))`` in the shape of ``holder``, NaN for other cells and genes."""
-    position = pd.Index(genes).get_indexer(holder.var_names.astype(str))
+    unique, column = np.unique(genes, return_index=True)  # a gene may have been asked for twice
+    position = pd.Index(unique).get_indexer(holder.var_names.astype(str))
     out = np.full(holder.shape, np.nan, dtype=np.float32)
     known = np.flatnonzero(position >= 0)
-    out[np.ix_(rows, known)] = values[:, position[known]]
+    out[np.ix_(rows, known)] = values[:, column[position[known]]]
     return out

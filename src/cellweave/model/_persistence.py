@@ -103,7 +103,7 @@ class PersistenceMixin:
     def _from_saved(cls, saved: SavedModel) -> Self:
         arguments = saved.config["init_params"]
         extra = {k: v for group in arguments["kwargs"].values() for k, v in group.items()}
-        model = cls(registry=saved.registry, **arguments["non_kwargs"], **extra)
+        model = cls(registry=saved.registry, **arguments["non_kwargs"], **extra)  # type: ignore[call-arg]
         model.module.load_state_dict(saved.weights, strict=True)
         model.module.eval()
         model.is_trained_ = saved.config["is_trained"]

@@ -278,13 +278,14 @@ class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
         """
         if return_spread and n_context_repeats < 2:
             raise ValueError("`return_spread=True` needs `n_context_repeats` of at least 2.")
+        n_cells = n_cells or self.module.n_cells
         with self._registered(adata) as data:
             rows, order = self._rows(data, indices)
             mean, spread = self._over_contexts(
                 data,
                 rows,
                 self._embed,
-                n_cells=n_cells or self.module.n_cells,
+                n_cells=n_cells,
                 batch_size=batch_size,
                 seed=seed,
                 rule=contexts,
@@ -297,11 +298,8 @@ class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
             target.obsm[key_added] = all_cells(mean, rows, target.n_obs)
             if return_spread:
                 target.obsm[f"{key_added}_sd"] = all_cells(spread, rows, target.n_obs)
-            self._record(
-                target,
-                key_added,
-                {"n_context_repeats": n_context_repeats, "contexts": contexts, "by_context": by_context, "seed": seed},
-            )
+            parameters = {"n_cells": n_cells, "contexts": contexts, "by_context": by_context, "seed": seed}
+            self._record(target, key_added, {**parameters, "n_context_repeats": n_context_repeats})
         return (mean[order], spread[order]) if return_spread else mean[order]
 
     def get_normalized_expression(
@@ -353,16 +351,17 @@ class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
             If a gene or batch is unknown, or ``library_size`` is not positive.
         """
         genes = self._gene_positions(gene_list)
-        if library_size != "observed" and not library_size > 0:
+        if library_size != "observed" and not (isinstance(library_size, int | float) and library_size > 0):
             raise ValueError(f"`library_size` must be positive or 'observed', got {library_size!r}.")
         batch_code = self._batch_code(transform_batch)
 
         def compute(batch: dict[str, Any]) -> torch.Tensor:
+            z, library = self._encode(batch)  # the encoder sees the batch that was observed
+            batch_index = batch[REGISTRY_KEYS.BATCH]
             if batch_code is not None:
-                batch[REGISTRY_KEYS.BATCH] = torch.full_like(batch[REGISTRY_KEYS.BATCH], batch_code)
-            z, library = self._encode(batch)
+                batch_index = torch.full_like(batch_index, batch_code)
             where = torch.as_tensor(genes, device=z.device)
-            out = self.module.decode(z.flatten(0, 1), library, batch[REGISTRY_KEYS.BATCH], where)
+            out = self.module.decode(z.flatten(0, 1), library, batch_index, where)
             return out["px_rate"] if library_size == "observed" else out["px_scale"] * library_size
 
         with self._registered(adata) as data:

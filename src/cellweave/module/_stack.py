@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any, Literal, cast
 
 import torch
 from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
@@ -123,8 +124,8 @@ class StackModule(BaseModuleClass):
         self.output_mlp = nn.Sequential(
             nn.Linear(dim, 2 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * dim, 2 * n_genes)
         )
-        self.decoder_batch = nn.Embedding(n_batch, 2 * dim) if batch_condition != "none" else None
-        self.encoder_batch = nn.Embedding(n_batch, dim) if batch_condition == "both" else None
+        self.decoder_batch: nn.Embedding | None = nn.Embedding(n_batch, 2 * dim) if batch_condition != "none" else None
+        self.encoder_batch: nn.Embedding | None = nn.Embedding(n_batch, dim) if batch_condition == "both" else None
         self.objectives = (MaskedNegativeBinomial(), SlicedWasserstein(sw_weight, n_proj))
         self.reset_parameters()
 
@@ -202,7 +203,8 @@ class StackModule(BaseModuleClass):
             hidden = hidden + self.decoder_batch(batch_index.flatten())
         hidden = dropout(activation(hidden))  # (cell, 2 * dim)
         # rows of the last layer alternate: scale logit and dispersion of gene 0, of gene 1, ...
-        weight, bias = last.weight.view(self.n_genes, 2, -1), last.bias.view(self.n_genes, 2)
+        weight = last.get_parameter("weight").view(self.n_genes, 2, -1)
+        bias = last.get_parameter("bias").view(self.n_genes, 2)
         log_scale = _full_precision(F.linear(hidden, weight[:, 0], bias[:, 0])).log_softmax(-1)
         if genes is not None:
             log_scale, weight, bias = log_scale[:, genes], weight[genes], bias[genes]
@@ -215,7 +217,7 @@ class StackModule(BaseModuleClass):
         x = x.to_dense() if x.layout != torch.strided else x
         grid = self._tokens(x, x.sum(-1, keepdim=True), n_cells, batch_index, None)
         maps = []
-        for layer in self.layers:
+        for layer in cast("Iterable[TabularAttentionLayer]", self.layers):
             maps.append(layer.across_cell_map(grid, self.gene_pos_embedding))
             grid = layer(grid, self.gene_pos_embedding)
         return torch.stack(maps, dim=1)

@@ -135,8 +135,8 @@ def _colors(groups: list[_Group], palette: Mapping[str, str] | Sequence[str] | N
     """Colour of each group; categories that do not occur keep their colour for other figures."""
     needed = max(group.code for group in groups) + 1
     if palette is None:
-        palette = plt.get_cmap("tab10" if needed <= 10 else "tab20").colors
-        return [to_rgba(palette[group.code % len(palette)]) for group in groups]
+        n_colors, cmap = (10, plt.get_cmap("tab10")) if needed <= 10 else (20, plt.get_cmap("tab20"))
+        return [cmap(group.code % n_colors) for group in groups]
     if isinstance(palette, Mapping):
         missing = [group.name for group in groups if group.name not in palette]
         if missing:

@@ -76,7 +76,9 @@ def training_curves(
         _draw(panel, _TERMS.get(name, _Term(name, "")), splits)
     both = next((panel for panel in panels if len(panel.lines) > 1), panels[0])
     both.legend(frameon=False, loc="best", handlelength=1.5)
-    return panels[0].get_figure(root=True)
+    figure = panels[0].get_figure(root=True)
+    assert figure is not None  # panels were made here or given as Axes of a figure
+    return figure
 
 
 def _curves(history: Mapping[str, pd.DataFrame | pd.Series] | Any) -> dict[str, dict[str, pd.Series]]:

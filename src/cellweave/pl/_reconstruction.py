@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -71,7 +73,7 @@ def masked_reconstruction(
     ax.set(xlabel="predicted mean count", ylabel="observed count")
     ax.text(0.98, 0.02, _correlation(x, y), transform=ax.transAxes, ha="right", va="bottom",
             bbox={"color": "white", "alpha": 0.7, "pad": 1.5})  # fmt: skip
-    above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
+    above: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
     ax.legend(frameon=False, fontsize="small", ncols=2, handlelength=1.6, columnspacing=1.2, **above)
     return ax
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from scvi import settings
 from scvi.module.base import BaseModuleClass, LossOutput
 from torch import Tensor
@@ -52,6 +55,8 @@ class CellweaveTrainingPlan(LightningModule):
         In training, if the loss is not finite; names the step and the term.
     """
 
+    _forward: Callable[[dict[str, Any]], tuple[Any, Any, LossOutput]]
+
     def __init__(
         self,
         module: BaseModuleClass,
@@ -74,7 +79,7 @@ class CellweaveTrainingPlan(LightningModule):
         forward = torch.compile(module, **(compile_kwargs or {})) if compile else module
         # not registered as a second submodule: checkpoints hold the weights once, compiled or not
         object.__setattr__(self, "_forward", forward)
-        self.seed = settings.seed if settings.seed is not None else int(np.random.SeedSequence().entropy % 2**32)
+        self.seed = settings.seed if settings.seed is not None else secrets.randbits(32)
         self.n_obs_training: int | None = None  # both are set by the scvi-tools runner
         self.n_obs_validation: int | None = None
 
@@ -101,7 +106,7 @@ class CellweaveTrainingPlan(LightningModule):
         self._seed_batch(_VALIDATION, 0, batch_idx)
         self._log(self._forward(batch)[2], "validation")
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over matrices (decayed) and vectors (not decayed), scheduled per step."""
         trainable = [p for p in self.module.parameters() if p.requires_grad]
         groups = [

@@ -1,0 +1,56 @@
+"""Every tutorial runs from top to bottom, as a reader would run it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+TUTORIALS = sorted((Path(__file__).resolve().parents[2] / "tutorials").glob("*.ipynb"))
+# Seconds for one cell; a guard against a cell that hangs.
+CELL_TIMEOUT = 1200
+
+by_name = pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+
+
+def read(path: Path):
+    nbformat = pytest.importorskip("nbformat", reason="reading tutorials needs nbformat (extra `test`)")
+    return nbformat.read(path, as_version=4)
+
+
+def test_there_are_tutorials():
+    """The other tests would pass on an empty folder."""
+    assert TUTORIALS
+
+
+@by_name
+def test_stored_outputs_are_complete_and_clean(path: Path):
+    """The documentation shows notebooks as they are stored: run once in order, with figures, without errors or warnings."""
+    cells = [cell for cell in read(path).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert path.stat().st_size < 1_000_000
+
+
+@by_name
+def test_tutorials_use_public_names_only(path: Path):
+    """What a reader copies must not break with the next version."""
+    code = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "code")
+    assert "cw._" not in code
+    assert "/work/" not in code
+
+
+@pytest.mark.slow
+@by_name
+def test_tutorials_run(path: Path, tmp_path: Path):
+    """A change of the API that breaks a tutorial is found here and not by a reader."""
+    nbclient = pytest.importorskip("nbclient", reason="running tutorials needs nbclient (extra `test`)")
+    pytest.importorskip("ipykernel", reason="running tutorials needs ipykernel (extra `test`)")
+    notebook = read(path)
+    client = nbclient.NotebookClient(
+        notebook, timeout=CELL_TIMEOUT, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    )
+    client.execute()  # raises CellExecutionError with the traceback of the cell
+    assert not list(tmp_path.iterdir()), "a tutorial leaves files in the folder of its reader"
