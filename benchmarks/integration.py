@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import pandas as pd
 import typer
+from _integration_table import group_runs, render
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -51,21 +52,6 @@ MIN_LABEL_CELLS = 30
 BATCH_KEY = "batch"
 LABEL_KEY = "label"
 PRE_INTEGRATED = "pca"
-SCIB_COLUMNS = {
-    "Isolated labels": "iso",
-    "KMeans NMI": "NMI",
-    "KMeans ARI": "ARI",
-    "Silhouette label": "sil",
-    "cLISI": "cLISI",
-    "BRAS": "BRAS",
-    "iLISI": "iLISI",
-    "KBET": "kBET",
-    "Graph connectivity": "graph",
-    "PCR comparison": "PCR",
-    "bio": "**bio**",
-    "batch": "**batch**",
-    "total": "**total**",
-}
 
 
 @dataclass(frozen=True)
@@ -344,7 +330,7 @@ def score_embedding(adata: AnnData, embedding: np.ndarray) -> dict[str, float]:
     return {column: float(value) for column, value in table.loc["embedding"].items()}
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
+# --- the results ------------------------------------------------------------------------------------------------------
 
 
 def collect_runs(work: Path) -> list[dict[str, Any]]:
@@ -357,67 +343,6 @@ def collect_runs(work: Path) -> list[dict[str, Any]]:
         else:
             typer.echo(f"left out, its configuration has changed: {path}", err=True)
     return runs
-
-
-def group_runs(runs: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Runs of the same data set and method, in the order of DATASETS and METHODS."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for dataset in DATASETS:
-        for method in METHODS:
-            found = [run for run in runs if (run["dataset"], run["method"]) == (dataset, method)]
-            if found:
-                groups[dataset, method] = found
-    return groups
-
-
-def mean_sd(values: list[float], digits: int = 3) -> str:
-    """``mean ± sd`` (sample standard deviation), or the bare value of a single run."""
-    mean = f"{np.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
-
-
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """Format rows as a markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def score_table(groups: Mapping[tuple[str, str], list[dict[str, Any]]]) -> str:
-    """Mean and standard deviation over seeds of every score."""
-    rows = []
-    for (dataset, method), runs in groups.items():
-        scores = [mean_sd([run["scores"][column] for run in runs]) for column in SCIB_COLUMNS]
-        rows.append([dataset, method, str(len(runs)), *scores, mean_sd([run["cpu_s"] for run in runs], 1)])
-    return markdown_table(["data", "method", "seeds", *SCIB_COLUMNS.values(), "fit CPU-s"], rows)
-
-
-def held_out_table(groups: Mapping[tuple[str, str], list[dict[str, Any]]]) -> str | None:
-    """Masked reconstruction of held-out cells for the methods that measure it."""
-    measured = {key: runs for key, runs in groups.items() if all(run.get("held_out") for run in runs)}
-    if not measured:
-        return None
-    columns = list(dict.fromkeys(name for runs in measured.values() for run in runs for name in run["held_out"]))
-    rows = [
-        [*key, *(mean_sd([run["held_out"].get(name, np.nan) for run in runs]) for name in columns)]
-        for key, runs in measured.items()
-    ]
-    return markdown_table(["data", "method", *columns], rows)
-
-
-def render(runs: list[dict[str, Any]], command: str) -> str:
-    """Build the whole result page."""
-    groups = group_runs(runs)
-    environments = sorted({json.dumps(run["environment"], sort_keys=True) for run in runs})
-    held_out = held_out_table(groups)
-    parts = [
-        "# Integration",
-        f"Written by `{command}` after the steps `prepare`, `run` and `score` of the same script; its docstring states "
-        "the protocol. Mean ± sample standard deviation over seeds; total = 0.6 bio + 0.4 batch, no min-max scaling.",
-        score_table(groups),
-        f"## Masked reconstruction of held-out cells\n\n{held_out}" if held_out else None,
-        "## Environment\n\n" + "\n".join(f"* `{line}`" for line in environments),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -488,7 +413,7 @@ def table(
     if not runs:
         raise typer.BadParameter(f"no scores in {work}: run the steps 'prepare', 'run' and 'score' first.")
     command = "python benchmarks/integration.py table" + (f" --output {output}" if output else "")
-    text = render(runs, command)
+    text = render(group_runs(runs, DATASETS, METHODS), command)
     if output is None:
         return typer.echo(text)
     output.parent.mkdir(parents=True, exist_ok=True)

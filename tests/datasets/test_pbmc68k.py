@@ -12,7 +12,6 @@ import scipy.sparse as sp
 
 import cellweave as cw
 from cellweave.data import _recover
-from cellweave.datasets import _pbmc68k
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +49,13 @@ def test_another_file_in_scanpy_is_refused(monkeypatch: pytest.MonkeyPatch):
     values = changed.raw.X.copy()
     values.data[0] += 0.05
     changed.raw = anndata.AnnData(values, obs=changed.obs, var=changed.raw.var)
-    monkeypatch.setattr(_pbmc68k, "_bundled", lambda: changed)
+    monkeypatch.setattr(sc.datasets, "pbmc68k_reduced", lambda: changed)
     with pytest.raises(ValueError, match=changed.obs_names[0]):
         cw.datasets.pbmc68k()
 
 
 def test_is_silent_and_can_be_written(adata: anndata.AnnData, tmp_path):
-    """Protects notebooks: no warning about the age of scanpy's file, and a data set that h5ad accepts."""
+    """Protects notebooks: no warning, and a data set that h5ad accepts."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cw.datasets.pbmc68k()

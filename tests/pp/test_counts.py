@@ -98,6 +98,16 @@ def test_layer_is_read_and_nothing_is_written(counts: np.ndarray):
     assert not adata.X.any()
 
 
+def test_sparse_input_is_not_changed(counts: np.ndarray):
+    """Protects the user's matrix: stored zeros are ignored on a copy, not removed in place."""
+    values = sp.csr_matrix(log_normalised(counts, 2.5))
+    values.data[values.indptr[3]] = 0.0
+    before = values.copy()
+    cw.pp.recover_counts(values)
+    np.testing.assert_array_equal(values.data, before.data)
+    np.testing.assert_array_equal(values.indptr, before.indptr)
+
+
 def test_empty_cell_and_explicit_zeros():
     """Protects cells without counts: they stay empty and their scale is unknown, not zero."""
     stored = sp.csr_matrix((log_normalised(np.array([1.0, 3.0, 0.0]), 2.5), [0, 1, 2], [0, 3, 3]), shape=(2, 3))

@@ -56,10 +56,10 @@ def test_macro_f1_sees_the_rare_label(adata: anndata.AnnData):
 
 def test_scores_are_means_over_seeds(adata: anndata.AnnData):
     """Protects the averaging: several seeds give the mean of single seeds, and a repeated call the same numbers."""
-    adata.obs["label"] = pd.Categorical(adata.obs["label"])
+    adata.obs["label"] = pd.Categorical(np.arange(240) % 12)  # enough clusters for KMeans to depend on its seed
     single = [cw.tl.label_scores(adata, "noise", "label", seeds=[seed]) for seed in (3, 4)]
     both = cw.tl.label_scores(adata, "noise", "label", seeds=(3, 4))
-    assert not single[0].equals(single[1])
+    assert (single[0] != single[1])[["NMI", "knn_accuracy"]].all(axis=None)  # clusters and folds are both reseeded
     pd.testing.assert_frame_equal(both, (single[0] + single[1]) / 2)
     pd.testing.assert_frame_equal(both, cw.tl.label_scores(adata, "noise", "label", seeds=(3, 4)))
 

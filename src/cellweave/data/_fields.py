@@ -11,10 +11,30 @@ from scvi.data.fields import CategoricalObsField
 
 from cellweave._compat import MuDataWrapper
 
-__all__ = ["GroupObsField", "MuDataGroupObsField"]
+__all__ = ["CategoryObsField", "GroupObsField", "MuDataCategoryObsField", "MuDataGroupObsField"]
 
 
-class GroupObsField(CategoricalObsField):
+class CategoryObsField(CategoricalObsField):
+    """A categorical column, without the categories that no cell has."""
+
+    def register_field(self, adata: AnnData) -> dict[str, Any]:
+        """Register the column; unused categories stay in ``obs`` but get no code."""
+        state = super().register_field(adata)
+        used, codes = np.unique(adata.obs[self.attr_key], return_inverse=True)
+        adata.obs[self.attr_key] = codes
+        return {**state, self.CATEGORICAL_MAPPING_KEY: state[self.CATEGORICAL_MAPPING_KEY][used]}
+
+    def transfer_field(
+        self, state_registry: dict[str, Any], adata_target: AnnData, extend_categories: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Register the column of new data; where it may bring new categories, it may also be missing."""
+        if extend_categories and not self.is_default and self._original_attr_key not in adata_target.obs:
+            adata_target.obs[self.attr_key] = np.zeros(adata_target.n_obs, dtype=np.int64)
+            return dict(state_registry)
+        return super().transfer_field(state_registry, adata_target, extend_categories=extend_categories, **kwargs)
+
+
+class GroupObsField(CategoryObsField):
     """A categorical column that only groups cells (context, label), so that new data may bring new groups.
 
     Where new data lack the column, all their cells form one group.
@@ -25,14 +45,12 @@ class GroupObsField(CategoricalObsField):
         with _quiet_small_groups():
             return super().register_field(adata)
 
-    def transfer_field(self, state_registry: dict[str, Any], adata_target: AnnData, **kwargs: Any) -> dict[str, Any]:
+    def transfer_field(
+        self, state_registry: dict[str, Any], adata_target: AnnData, extend_categories: bool = True, **kwargs: Any
+    ) -> dict[str, Any]:
         """Register the column of new data, extending the known groups."""
-        if not self.is_default and self._original_attr_key not in adata_target.obs:
-            adata_target.obs[self.attr_key] = np.zeros(adata_target.n_obs, dtype=np.int64)
-            return dict(state_registry)
-        kwargs["extend_categories"] = True
         with _quiet_small_groups():
-            return super().transfer_field(state_registry, adata_target, **kwargs)
+            return super().transfer_field(state_registry, adata_target, extend_categories=True, **kwargs)
 
 
 class _quiet_small_groups(warnings.catch_warnings):
@@ -41,4 +59,5 @@ class _quiet_small_groups(warnings.catch_warnings):
         warnings.filterwarnings("ignore", message=".*fewer than 3 cells.*")
 
 
+MuDataCategoryObsField = MuDataWrapper(CategoryObsField)
 MuDataGroupObsField = MuDataWrapper(GroupObsField)

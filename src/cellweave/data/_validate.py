@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
+from numpy.typing import NDArray
 from scvi import settings
 
-__all__ = ["check_counts", "check_groups", "check_names", "get_counts", "looks_like_counts"]
+__all__ = ["check_counts", "check_groups", "check_known", "check_names", "get_counts", "looks_like_counts"]
 
 # Integers above this are not exact in float32, in which all models compute. A float32, not an int: compared with a
 # float16 matrix an int would be cast to float16 and overflow.
@@ -126,6 +127,23 @@ def check_groups(obs: pd.DataFrame, key: str | None, argument: str) -> None:
         raise ValueError(
             f"`adata.obs[{key!r}]` (`{argument}`) has {column.nunique()} distinct numbers in {len(column)} cells and "
             "looks continuous; bin it into categories first."
+        )
+
+
+def check_known(obs: pd.DataFrame, key: str, argument: str, known: NDArray[Any]) -> None:
+    """Check that a column of new data holds known categories only.
+
+    Raises
+    ------
+    ValueError
+        If it holds others.
+    """
+    names = known.tolist()
+    new = [value for value in obs[key].unique().tolist() if value not in names]
+    if new:
+        raise ValueError(
+            f"`adata.obs[{key!r}]` (`{argument}`) has {len(new)} value(s) that the model does not know (first: "
+            f"{new[0]!r}); it knows {', '.join(map(repr, names[:10]))}{', ...' if len(names) > 10 else ''}."
         )
 
 

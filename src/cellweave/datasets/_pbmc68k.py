@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 import anndata
@@ -49,7 +48,9 @@ def pbmc68k() -> AnnData:
     >>> import cellweave as cw
     >>> cw.datasets.pbmc68k()
     """
-    source = _bundled()
+    import scanpy as sc
+
+    source = sc.datasets.pbmc68k_reduced()
     recovered = _recover.recover_counts(source.raw.X, cell_names=list(source.obs_names))
     obs = source.obs[list(_OBS)].rename(columns=_OBS)
     obs["total_counts_full"] = np.rint(obs["total_counts_full"]).astype(np.int64)
@@ -64,13 +65,3 @@ def pbmc68k() -> AnnData:
         }
     }
     return adata
-
-
-def _bundled() -> AnnData:
-    """The file inside scanpy; it was written by an old anndata, which every reader would be told at every call."""
-    import scanpy as sc
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", UserWarning)
-        return sc.datasets.pbmc68k_reduced()

@@ -119,11 +119,11 @@ class CellweaveModel(PersistenceMixin, ContextInferenceMixin, UnsupervisedTraini
         if self._manager_of(given) is not None:
             yield self._validate_anndata(given)
             return
-        data = self._aligned(given.copy() if given.is_view else given)
-        self._check_new_data(data)
+        data = self._aligned(_in_memory(given) if given.is_view else given)
         if self.adata_manager is None:
             self._attach(data)
         else:
+            self._check_new_data(data)
             self._transfer(data)
         try:
             yield data
@@ -138,8 +138,12 @@ class CellweaveModel(PersistenceMixin, ContextInferenceMixin, UnsupervisedTraini
         return manager if manager is not None and manager.adata is adata else None
 
     def _transfer(self, adata: AnnOrMuData) -> None:
-        # a copy of registered data carries its identifier, under which the original is known
-        adata.uns.pop(_compat.SCVI_UUID_KEY, None)
+        store = self._per_instance_manager_store[self.id]
+        if adata.uns.get(_compat.SCVI_UUID_KEY) in store:
+            # a copy of registered data carries its identifier, under which the original is known
+            del adata.uns[_compat.SCVI_UUID_KEY]
+        for uuid in [uuid for uuid, manager in store.items() if manager.adata is not self.adata]:
+            del store[uuid]  # only the latest of other data stays registered: managers keep their data alive
         manager = self.adata_manager.transfer_fields(adata, **self._transfer_options())
         self._register_manager_for_instance(manager)
 
@@ -218,6 +222,10 @@ class CellweaveModel(PersistenceMixin, ContextInferenceMixin, UnsupervisedTraini
     def _constructor_arguments(self) -> dict[str, Any]:
         saved = self.init_params_
         return {**saved["non_kwargs"], **{k: v for group in saved["kwargs"].values() for k, v in group.items()}}
+
+
+def _in_memory(view: AnnOrMuData) -> AnnOrMuData:
+    return view.to_memory() if view.isbacked else view.copy()
 
 
 def _has_validation(train_size: float | None, validation_size: float | None) -> bool:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from scvi.data import AnnDataManager
-from scvi.data.fields import CategoricalObsField, LayerField, MuDataCategoricalObsField, MuDataLayerField
+from scvi.data.fields import LayerField, MuDataLayerField
 
 from cellweave import _compat
 from cellweave._keys import REGISTRY_KEYS
 from cellweave._types import AnnOrMuData
 from cellweave.data import (
+    CategoryObsField,
     GroupObsField,
+    MuDataCategoryObsField,
     MuDataGroupObsField,
     check_counts,
     check_groups,
+    check_known,
     check_names,
 )
 
 __all__ = ["CountsSetupMixin"]
+
+_COLUMNS = ("batch_key", "labels_key", "context_key")
 
 
 class CountsSetupMixin:
@@ -62,11 +68,12 @@ class CountsSetupMixin:
             column has missing values.
         """
         setup_method_args = cls._get_setup_method_args(**locals())
-        keys = {"batch_key": batch_key, "labels_key": labels_key, "context_key": context_key}
-        _check(adata, adata, layer, keys, is_transfer="source_registry" in kwargs)
+        check_names(adata)
+        _check_columns(adata, setup_method_args[_compat.SETUP_ARGS_KEY], **kwargs)
+        check_counts(adata, layer)
         fields = [
             LayerField(REGISTRY_KEYS.X, layer, is_count_data=False),
-            CategoricalObsField(REGISTRY_KEYS.BATCH, batch_key),
+            CategoryObsField(REGISTRY_KEYS.BATCH, batch_key),
             GroupObsField(REGISTRY_KEYS.LABELS, labels_key),
             GroupObsField(REGISTRY_KEYS.CONTEXT, context_key),
         ]
@@ -108,19 +115,13 @@ class CountsSetupMixin:
         """
         setup_method_args = cls._get_setup_method_args(**locals())
         where = cls._create_modalities_attr_dict({"rna_layer": "rna", **(modalities or {})}, setup_method_args)
-        if where.rna_layer not in mdata.mod:
-            raise ValueError(
-                f"Modality {where.rna_layer!r} not found, `mdata.mod` has {sorted(mdata.mod)}; name the RNA modality "
-                "with `modalities={'rna_layer': ...}`."
-            )
-        keys = {"batch_key": batch_key, "labels_key": labels_key, "context_key": context_key}
-        for argument, key in keys.items():
-            holder = mdata if where[argument] is None else mdata.mod[where[argument]]
-            _check_key(holder, key, argument, is_transfer="source_registry" in kwargs)
-        _check(mdata.mod[where.rna_layer], mdata, rna_layer, {}, is_transfer=False)
+        rna = _holder(mdata, "rna_layer", where)
+        check_names(rna)
+        _check_columns(mdata, setup_method_args[_compat.SETUP_ARGS_KEY], **kwargs)
+        check_counts(rna, rna_layer)
         fields = [
             MuDataLayerField(REGISTRY_KEYS.X, rna_layer, is_count_data=False, mod_key=where.rna_layer),
-            MuDataCategoricalObsField(REGISTRY_KEYS.BATCH, batch_key, mod_key=where.batch_key),
+            MuDataCategoryObsField(REGISTRY_KEYS.BATCH, batch_key, mod_key=where.batch_key),
             MuDataGroupObsField(REGISTRY_KEYS.LABELS, labels_key, mod_key=where.labels_key),
             MuDataGroupObsField(REGISTRY_KEYS.CONTEXT, context_key, mod_key=where.context_key),
         ]
@@ -130,19 +131,39 @@ class CountsSetupMixin:
 
     def _check_new_data(self, adata: AnnOrMuData) -> None:
         arguments = self.registry_[_compat.SETUP_ARGS_KEY]
-        layer = arguments.get("layer", arguments.get("rna_layer"))
-        check_counts(self._gene_data(adata), layer)
+        _check_columns(adata, arguments, source_registry=self.registry_, **self._transfer_options())
+        check_counts(self._gene_data(adata), arguments.get("layer", arguments.get("rna_layer")))
 
 
-def _check(genes: Any, groups: Any, layer: str | None, keys: dict[str, str | None], is_transfer: bool) -> None:
-    """Check names, groups and counts of data to register."""
-    check_names(genes)
-    for argument, key in keys.items():
-        _check_key(groups, key, argument, is_transfer)
-    check_counts(genes, layer)
+def _holder(data: Any, argument: str, modalities: Mapping[str, str | None]) -> Any:
+    """The object that holds what ``argument`` names: ``data`` itself or a modality of it."""
+    name = modalities.get(argument)
+    if name is None:
+        return data
+    if name not in data.mod:
+        raise ValueError(
+            f"Modality {name!r} of `{argument}` not found, `mdata.mod` has {sorted(data.mod)}; name it with "
+            f"`modalities={{{argument!r}: ...}}`."
+        )
+    return data.mod[name]
 
 
-def _check_key(groups: Any, key: str | None, argument: str, is_transfer: bool) -> None:
-    # new data may lack a column that only groups cells, see GroupObsField
-    if not (is_transfer and argument != "batch_key" and key not in groups.obs):
-        check_groups(groups.obs, key, argument)
+def _check_columns(
+    data: Any,
+    arguments: Mapping[str, Any],
+    source_registry: dict[str, Any] | None = None,
+    extend_categories: bool = False,
+    **_: Any,
+) -> None:
+    """Check the columns that setup arguments name; with a ``source_registry``, as columns of new data."""
+    for argument in _COLUMNS:
+        key = arguments[argument]
+        holder = _holder(data, argument, arguments.get("modalities") or {})
+        is_read = argument == "batch_key" and not extend_categories
+        # new data may lack a column that only groups cells, or whose values the model never reads
+        if key is None or (source_registry is not None and not is_read and key not in holder.obs):
+            continue
+        check_groups(holder.obs, key, argument)
+        if source_registry is not None and is_read:
+            batch = source_registry[_compat.FIELD_REGISTRIES_KEY][REGISTRY_KEYS.BATCH]
+            check_known(holder.obs, key, argument, batch[_compat.STATE_REGISTRY_KEY]["categorical_mapping"])

@@ -435,7 +435,7 @@ class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
         if self.module.decoder_batch is None:
             raise ValueError("`transform_batch` needs a model with `batch_condition='decoder'` or 'both'.")
         fields = self.registry_[_compat.FIELD_REGISTRIES_KEY]
-        known = list(fields[REGISTRY_KEYS.BATCH][_compat.STATE_REGISTRY_KEY]["categorical_mapping"])
+        known = fields[REGISTRY_KEYS.BATCH][_compat.STATE_REGISTRY_KEY]["categorical_mapping"].tolist()
         if batch not in known:
             raise ValueError(f"`transform_batch={batch!r}` is not a batch of the model; it knows {known}.")
         return known.index(batch)

@@ -168,6 +168,8 @@ class MaskedPredictionMixin:
 
     def _mean_share(self, adata: AnnOrMuData, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """Share of each gene in all counts ``(gene,)``, of the training cells if they are at hand."""
-        if self.adata_manager is not None and self.train_indices is not None:
+        # a loaded model knows the rows of its training cells, but may have been given other data
+        holds_training_data = self.adata is not None and self.adata.n_obs == self.summary_stats.n_cells
+        if holds_training_data and self.train_indices is not None:
             return gene_shares(self.adata_manager, np.sort(self.train_indices))
         return gene_shares(self.get_anndata_manager(adata, required=True), rows)

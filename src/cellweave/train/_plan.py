@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -116,8 +117,9 @@ class CellweaveTrainingPlan(LightningModule):
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps)
         n_total = int(self.trainer.estimated_stepping_batches)
         n_warmup = min(500, n_total // 20) if self.warmup_steps is None else self.warmup_steps
-        factor = SCHEDULES[self.schedule]
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step, n_warmup, n_total))
+        # a partial, not a lambda: trained models keep their trainer and must survive pickle
+        factor = partial(SCHEDULES[self.schedule], n_warmup=n_warmup, n_total=n_total)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _seed_batch(self, stream: int, epoch: int, batch_idx: int) -> None:
