@@ -138,13 +138,18 @@ def test_contexts_follow_the_groups_unless_switched_off(make_adata):
     assert mixed == [False, True]
 
 
-def test_sparse_tensors_equal_dense_tensors(make_adata):
-    """Protects the GPU path: CSR tensors hold the same counts."""
-    manager = _manager(make_adata())
+@pytest.mark.parametrize("storage", ["csr_array", "repeated_entries", "unsorted_indices", "explicit_zeros"])
+def test_sparse_tensors_equal_dense_tensors(make_adata, storage):
+    """Protects the GPU path: CSR tensors hold the same counts, each entry once and in order as kernels expect."""
+    adata = make_adata()
+    adata.X = IN_MEMORY[storage](adata.X)
+    manager = _manager(adata)
     dense, sparse = _batches(manager), _batches(manager, load_sparse_tensor=True)
     assert all(batch[REGISTRY_KEYS.X].layout == torch.sparse_csr for batch in sparse)
     for batch in sparse:
-        batch[REGISTRY_KEYS.X] = batch[REGISTRY_KEYS.X].to_dense()
+        x = batch[REGISTRY_KEYS.X]
+        torch.sparse_csr_tensor(x.crow_indices(), x.col_indices(), x.values(), x.shape, check_invariants=True)
+        batch[REGISTRY_KEYS.X] = x.to_dense()
     _assert_same(dense, sparse)
 
 

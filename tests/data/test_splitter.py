@@ -47,6 +47,8 @@ def test_every_cell_is_in_exactly_one_part(groups, train_size, validation_size, 
     [
         ({}, (81, 9, 0)),
         ({"train_size": 0.8}, (72, 18, 0)),
+        ({"train_size": 0.33}, (30, 60, 0)),
+        ({"train_size": 0.333, "validation_size": 0.333}, (30, 30, 30)),
         ({"validation_size": 0.2}, (72, 18, 0)),
         ({"train_size": 0.5, "validation_size": 0.25}, (45, 22, 23)),
         ({"train_size": 1.0}, (90, 0, 0)),

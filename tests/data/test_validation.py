@@ -186,6 +186,15 @@ def test_fractional_values_without_a_layer_of_counts(make_adata):
         _setup(adata)
 
 
+def test_faulty_layer_is_not_suggested_in_its_own_place(make_adata):
+    """Protects the advice: a layer whose first cells look like counts is not the answer to its own warning."""
+    adata = make_adata(n_cells=150)
+    adata.layers["mixed"] = adata.X.toarray()
+    adata.layers["mixed"][120:] /= 3
+    with pytest.warns(UserWarning, match="non-integer values.*give raw counts with `layer=`"):
+        check_counts(adata, "mixed")
+
+
 def test_integers_stored_as_floats_are_silent(make_adata):
     """Protects the usual case from noise: float32 counts cause no warning of ours."""
     with warnings.catch_warnings():

@@ -85,10 +85,11 @@ def test_repeated_calls_agree(trained, getter):
 @pytest.mark.parametrize("getter", GETTERS)
 def test_getters_leave_the_random_state_alone(trained, getter):
     """Protects the user's own draws: inference takes nothing from the global generators."""
-    before = np.random.get_state()[1].copy(), torch.get_rng_state()
+    before = np.random.get_state()[1].copy(), np.random.get_state()[2], torch.get_rng_state()
     GETTERS[getter](trained)
     np.testing.assert_array_equal(np.random.get_state()[1], before[0])
-    assert torch.equal(torch.get_rng_state(), before[1])
+    assert np.random.get_state()[2] == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
 
 
 @pytest.mark.parametrize("getter", GETTERS)
@@ -201,6 +202,13 @@ def test_other_context_sizes(trained):
     alone = trained.get_latent_representation(n_cells=1)
     np.testing.assert_allclose(alone[[7]], trained.get_latent_representation(indices=[7], n_cells=1), atol=1e-6)
     assert not np.allclose(alone, trained.get_latent_representation(n_cells=64), atol=1e-4)
+
+
+@pytest.mark.parametrize("n_cells", [-1, 0])
+def test_impossible_context_size_is_refused(trained, n_cells):
+    """Protects against a division by zero: a context holds at least one cell."""
+    with pytest.raises(ValueError, match=f"`n_cells` must be at least 1, got {n_cells}"):
+        trained.get_latent_representation(n_cells=n_cells)
 
 
 def test_unknown_rule_is_refused(trained):

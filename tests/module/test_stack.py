@@ -220,6 +220,8 @@ def test_attention_maps_equal_the_forward():
         ({"mask_rate_min": 0.9, "mask_rate_max": 0.2}, "0 <= mask_rate_min <= mask_rate_max <= 1"),
         ({"mask_rate_max": 1.5}, "0 <= mask_rate_min <= mask_rate_max <= 1"),
         ({"n_heads": 3}, "`n_heads`=3 does not divide the attention width 16"),
+        ({"n_cells": 0}, "`n_cells` must be at least 1, got 0"),
+        ({"n_hidden": -1}, "`n_hidden` must be at least 1, got -1"),
     ],
 )
 def test_impossible_arguments_are_refused(options, message):

@@ -102,6 +102,11 @@ class CellSetSampler(DistributedSampler):
         See :func:`draw_contexts`.
     distributed
         Share the contexts among the ranks of the running process group.
+
+    Raises
+    ------
+    ValueError
+        If ``n_cells`` is not positive.
     """
 
     def __init__(
@@ -116,6 +121,8 @@ class CellSetSampler(DistributedSampler):
         rule: ContextRule = "random",
         distributed: bool = False,
     ) -> None:
+        if n_cells < 1:
+            raise ValueError(f"`n_cells` must be at least 1, got {n_cells}.")
         in_group = distributed and dist.is_available() and dist.is_initialized()
         self.num_replicas = dist.get_world_size() if in_group else 1
         self.rank = dist.get_rank() if in_group else 0

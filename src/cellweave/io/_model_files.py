@@ -78,6 +78,15 @@ def write_model(dir_path: str | os.PathLike[str], saved: SavedModel, overwrite: 
 def read_model(dir_path: str | os.PathLike[str]) -> SavedModel:
     """Read a model directory after checking every file against its checksum.
 
+    Parameters
+    ----------
+    dir_path
+        Directory that :func:`write_model` wrote.
+
+    Returns
+    -------
+    The content of the directory; nothing in it is executed.
+
     Raises
     ------
     ModelFileError

@@ -178,8 +178,9 @@ class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
         compile
             Compile the module with :func:`torch.compile`; pays off in long runs only.
         ckpt_path
-            Lightning checkpoint (from a :class:`lightning.pytorch.callbacks.ModelCheckpoint` given in ``callbacks``)
-            to continue from, in the same trajectory.
+            Lightning checkpoint of the end of an epoch (by a :class:`lightning.pytorch.callbacks.ModelCheckpoint` given
+            in ``callbacks``) to continue from. With the same ``scvi.settings.seed``, data and arguments, ``max_epochs``
+            included, the weights end bit-equal to those of an uninterrupted run.
         plan_kwargs
             Further arguments of :class:`~cellweave.train.CellweaveTrainingPlan`.
         datasplitter_kwargs
@@ -278,7 +279,7 @@ class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
         """
         if return_spread and n_context_repeats < 2:
             raise ValueError("`return_spread=True` needs `n_context_repeats` of at least 2.")
-        n_cells = n_cells or self.module.n_cells
+        n_cells = self.module.n_cells if n_cells is None else n_cells
         with self._registered(adata) as data:
             rows, order = self._rows(data, indices)
             mean, spread = self._over_contexts(

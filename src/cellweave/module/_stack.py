@@ -105,6 +105,10 @@ class StackModule(BaseModuleClass):
         super().__init__()
         if batch_condition not in ("none", "decoder", "both"):
             raise ValueError(f"`batch_condition` must be 'none', 'decoder' or 'both', got {batch_condition!r}.")
+        sizes = {"n_hidden": n_hidden, "token_dim": token_dim, "n_cells": n_cells, "n_heads": n_heads, "n_proj": n_proj}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {size}.")
         if not 0 <= mask_rate_min <= mask_rate_max <= 1:
             raise ValueError(
                 "`mask_rate_min` and `mask_rate_max` must satisfy 0 <= mask_rate_min <= mask_rate_max <= 1, got "

@@ -114,7 +114,9 @@ class CellweaveTrainingPlan(LightningModule):
             {"params": [p for p in trainable if p.ndim > 1], "weight_decay": self.weight_decay},
             {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps)
+        # one pass over the weights; under mixed precision Lightning cannot clip gradients of the fused optimiser
+        fused = "mixed" not in self.trainer.precision
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=fused)
         n_total = int(self.trainer.estimated_stepping_batches)
         n_warmup = min(500, n_total // 20) if self.warmup_steps is None else self.warmup_steps
         # a partial, not a lambda: trained models keep their trainer and must survive pickle
