@@ -111,11 +111,11 @@ def test_no_validation_cells_no_validation_terms(create, quick):
 
 
 def test_training_lowers_the_loss(create, quick):
-    """Protects the whole loop: the validation loss falls clearly (0.2 nats per entry when written) within 75 steps."""
+    """Protects the whole loop: the validation loss falls clearly (0.22 to 0.60 nats for five seeds)."""
     model = create(dropout=0.0)
-    model.train(**{**quick, "max_epochs": 25}, lr=1e-2, validation_size=0.3)
+    model.train(**{**quick, "max_epochs": 40}, lr=2e-2, validation_size=0.3)
     loss = model.history["validation_loss"]["validation_loss"].to_numpy()
-    assert loss[-1] < loss[0] - 0.1
+    assert loss[-1] < loss[0] - 0.15
 
 
 # ---------------------------------------------------------------- stopping and callbacks
