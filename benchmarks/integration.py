@@ -119,12 +119,12 @@ _INTEGRATED = {**_NORMALIZED, "batch_condition": "both", "sw_weight": 1.0}
 STACK_CONFIGS: dict[str, StackConfig] = {
     # the published model and loss weights: raw log counts in, no notion of a batch
     "stack-published": _stack(sw_weight=0.01),
-    "stack-normalized": _stack(**_NORMALIZED, sw_weight=0.01),
-    # the decoder knows the batch; then also a strong pull of the embedding towards a standard normal
+    # depth-normalised input, and a decoder that knows the batch
     "stack-decoder": _stack(**_NORMALIZED, batch_condition="decoder", sw_weight=0.01),
-    "stack-decoder-sw1": _stack(**_NORMALIZED, batch_condition="decoder", sw_weight=1.0),
-    # the recommendation for integration: encoder and decoder know the batch, contexts mix batches
+    # encoder and decoder know the batch, and the embedding is pulled towards a standard normal: weakly, strongly
+    "stack-both-sw0.1": _stack(**{**_INTEGRATED, "sw_weight": 0.1}),
     "stack-integrated": _stack(**_INTEGRATED),
+    # as the last, with contexts that keep batches apart
     "stack-integrated-separate": _stack(context_key=BATCH_KEY, **_INTEGRATED),
 }
 # Context assignments that are averaged in the embedding.

@@ -82,6 +82,22 @@ def test_repeated_calls_agree(trained, getter):
     np.testing.assert_array_equal(GETTERS[getter](trained), first)
 
 
+def test_getters_evaluate_without_dropout(make_adata, tiny):
+    """Protects results after an interrupted training, which leaves the module in train mode: no dropout in them."""
+    adata = make_adata()
+    StackModel.setup_anndata(adata)
+    model = StackModel(adata, **tiny, dropout=0.5)
+    model.is_trained_ = True
+    calls = [lambda g=g: g(model) for g in GETTERS.values()]
+    for call in [*calls, lambda: model.get_attention([1, 2, 3]), lambda: model.get_reconstruction_metrics().to_numpy()]:
+        results = []
+        for mode in (False, True, True):
+            model.module.train(mode)
+            results.append(call())
+        np.testing.assert_array_equal(results[1], results[0])
+        np.testing.assert_array_equal(results[2], results[0])
+
+
 @pytest.mark.parametrize("getter", GETTERS)
 def test_getters_leave_the_random_state_alone(trained, getter):
     """Protects the user's own draws: inference takes nothing from the global generators."""

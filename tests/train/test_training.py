@@ -198,12 +198,13 @@ def test_random_state_before_training_does_not_matter(create, quick):
     assert _equal(*weights)
 
 
-def test_number_of_workers_does_not_matter(create, quick):
-    """Protects reproducibility: worker processes load data, they make no draws."""
+def test_worker_processes_do_not_matter(create, quick):
+    """Protects reproducibility: worker processes, spawned as on macOS and Windows, load data and make no draws."""
+    spawned = {"num_workers": 1, "multiprocessing_context": "spawn", "persistent_workers": True}
     weights = []
-    for options in ({}, {"datasplitter_kwargs": {"num_workers": 2}}):
+    for options in ({}, spawned):
         model = create()
-        model.train(**quick, **options)
+        model.train(**quick, train_size=1.0, datasplitter_kwargs=options)
         weights.append(_weights(model))
     assert _equal(*weights)
 
