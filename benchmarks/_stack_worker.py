@@ -74,9 +74,10 @@ def embed(implementation: str, config: dict, precision: str, repeats: int) -> di
     before = _peak_memory()
     with tempfile.TemporaryDirectory() as folder:
         path, genes = _write_h5ad(Path(folder), cells, config["model"]["n_genes"])
-        run = _embed_cellweave if implementation == "cellweave" else _embed_original
-        embedding = run(module, path, genes, config)
-        seconds = _median_cpu(lambda: run(module, path, genes, config), repeats)
+        prepare = _cellweave_embedder if implementation == "cellweave" else _original_embedder
+        run = prepare(module, path, genes, config)
+        embedding = run()
+        seconds = _median_cpu(run, repeats)
     return {
         "cpu_s": seconds,
         "cells_per_cpu_s": cells / seconds,
@@ -85,7 +86,7 @@ def embed(implementation: str, config: dict, precision: str, repeats: int) -> di
     }
 
 
-def _embed_cellweave(module: torch.nn.Module, path: str, genes: list[str], config: dict) -> np.ndarray:
+def _cellweave_embedder(module: torch.nn.Module, path: str, genes: list[str], config: dict) -> Callable[[], np.ndarray]:
     import anndata
 
     from cellweave.model import StackModel
@@ -95,15 +96,16 @@ def _embed_cellweave(module: torch.nn.Module, path: str, genes: list[str], confi
     model = StackModel(adata, **_model_arguments(config))
     model.module, model.is_trained = module, True
     batch_size = config["n_contexts"] * config["model"]["n_cells"]
-    return model.get_latent_representation(contexts="sequential", batch_size=batch_size)
+    options = {"contexts": "sequential", "batch_size": batch_size}
+    return lambda: model.get_latent_representation(anndata.read_h5ad(path), **options)
 
 
-def _embed_original(module: torch.nn.Module, path: str, genes: list[str], config: dict) -> np.ndarray:
+def _original_embedder(module: torch.nn.Module, path: str, genes: list[str], config: dict) -> Callable[[], np.ndarray]:
     gene_list = Path(path).with_suffix(".pkl")
     gene_list.write_bytes(pickle.dumps(genes))
     batch_size = config["n_contexts"]
-    options = {"show_progress": False, "num_workers": 0}
-    return np.asarray(module.get_latent_representation(path, str(gene_list), batch_size=batch_size, **options)[0])
+    options = {"batch_size": batch_size, "show_progress": False, "num_workers": 0}
+    return lambda: np.asarray(module.get_latent_representation(path, str(gene_list), **options)[0])
 
 
 def _build(implementation: str, config: dict) -> tuple[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]:

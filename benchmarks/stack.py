@@ -56,52 +56,70 @@ def measure(
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def compare(original: str, case: tuple[str, str, str], pairs: int, repeats: int) -> str:
-    """One row of the table."""
+def compare(original: str, case: tuple[str, str, str], pairs: int, repeats: int) -> list[dict]:
+    """Alternate the two implementations and return the figures of every pair."""
     task, name, precision = case
-    runs = []
+    records = []
     for _ in range(pairs):
         ours = measure(sys.executable, "cellweave", task, CONFIGS[name], precision, repeats)
         theirs = measure(original, "original", task, CONFIGS[name], precision, repeats)
-        runs.append((ours, theirs))
-        print(task, name, precision, ours, theirs, flush=True)
-    speed = [theirs["cpu_s"] / ours["cpu_s"] for ours, theirs in runs]
-    memory = [theirs["memory_mb"] / ours["memory_mb"] for ours, theirs in runs]
-    deviation = max(abs(ours["loss"] / theirs["loss"] - 1) for ours, theirs in runs)
+        records.append({"case": case, "ours": ours, "theirs": theirs})
+        print(records[-1], flush=True)
+    return records
 
-    def middle(which: int, key: str) -> float:
-        return statistics.median(pair[which][key] for pair in runs)
 
-    cells = [f"{task} | {name} | {precision}"]
-    cells += [f"{middle(i, 'cpu_s'):.2f} ({middle(i, 'cells_per_cpu_s'):.0f})" for i in (0, 1)]
+def row(case: tuple[str, str, str], records: list[dict]) -> str:
+    """One row of the table from all recorded pairs of a case."""
+    speed = [r["theirs"]["cpu_s"] / r["ours"]["cpu_s"] for r in records]
+    memory = [r["theirs"]["memory_mb"] / r["ours"]["memory_mb"] for r in records]
+    deviation = max(abs(r["ours"]["loss"] / r["theirs"]["loss"] - 1) for r in records)
+
+    def middle(which: str, key: str) -> float:
+        return statistics.median(r[which][key] for r in records)
+
+    cells = [*case]
+    cells += [f"{middle(w, 'cpu_s'):.2f} ({middle(w, 'cells_per_cpu_s'):.0f})" for w in ("ours", "theirs")]
     cells += [f"**{statistics.median(speed):.2f}** ({min(speed):.2f}–{max(speed):.2f})"]
-    cells += [f"{middle(0, 'memory_mb'):.0f} / {middle(1, 'memory_mb'):.0f} ({statistics.median(memory):.2f}x)"]
-    cells += [f"{deviation:.1e}"]
+    sizes = f"{middle('ours', 'memory_mb'):.0f} / {middle('theirs', 'memory_mb'):.0f}"
+    cells += [f"{sizes} ({statistics.median(memory):.2f}x)", f"{deviation:.1e}"]
     return "| " + " | ".join(cells) + " |"
 
 
 def main() -> None:
-    """Run all cases and write the table."""
+    """Measure the cases, append them to the records, and write the table of all records."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--original", required=True, help="python of the environment with arc-stack")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="markdown table; records go beside it as .jsonl")
+    parser.add_argument("--only", default="", help="measure only the cases that contain this text")
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     args = parser.parse_args()
-    rows = [compare(args.original, case, args.pairs, args.repeats) for case in CASES]
-    header = [
+    store = args.output.with_suffix(".jsonl")
+    for case in CASES:
+        if args.only in " | ".join(case):
+            records = compare(args.original, case, args.pairs, args.repeats)
+            with store.open("a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+    recorded = [json.loads(line) for line in store.read_text().splitlines()]
+    by_case = {case: [r for r in recorded if tuple(r["case"]) == case] for case in CASES}
+    rows = [row(case, records) for case, records in by_case.items() if records]
+    args.output.write_text("\n".join([*_header(args.pairs, args.repeats), *rows]) + "\n")
+
+
+def _header(pairs: int, repeats: int) -> list[str]:
+    return [
         "# StackModel beside the published implementation",
         "",
-        f"`python benchmarks/stack.py --original <python with arc-stack> --pairs {args.pairs} --repeats {args.repeats}`,",
-        f"one thread, {platform.machine()}, Python {platform.python_version()}; 2 000 genes, 4 contexts per step, token",
-        "width 16, optimiser as in the training of each (AdamW; ours fused in float32). Speed is the original's CPU time divided by ours, pair by pair: median (range). Memory is the peak",
-        "resident memory in MB that the task adds to the imported package and weights. The last column is the relative",
-        "difference of the first training loss, or of the mean absolute embedding.",
+        f"`python benchmarks/stack.py --original <python with arc-stack> --output benchmarks/results/stack.md --pairs {pairs}",
+        f"--repeats {repeats}`, one thread, {platform.machine()}, Python {platform.python_version()}; 2 000 genes, 4 contexts per step,",
+        "token width 16, optimiser as in the training of each (AdamW; ours fused in float32). Speed is the original's CPU",
+        "time divided by ours, pair by pair: median (range). Memory is the peak resident memory in MB that the task adds to",
+        "the imported package and weights. The last column is the relative difference of the first training loss, or of",
+        "the mean absolute embedding. `train` is one optimiser step; `embed` reads an .h5ad and embeds its cells.",
         "",
         "| task | configuration | precision | ours, CPU-s (cells per CPU-s) | original | speed | memory ours / original | difference |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    args.output.write_text("\n".join([*header, *rows]) + "\n")
 
 
 if __name__ == "__main__":

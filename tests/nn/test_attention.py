@@ -100,6 +100,23 @@ def test_bfloat16_tokens(width):
     assert (low.float() - high).norm() / high.norm() < 0.03
 
 
+@pytest.mark.parametrize(("n_heads", "expected"), [(8, torch.float32), (1, torch.bfloat16)])
+def test_autocast_computes_narrow_heads_in_float32(n_heads, expected, monkeypatch):
+    """Protects speed on the CPU: autocast must not turn narrow heads, slow in bfloat16, back into bfloat16."""
+    seen = {}
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(q, k, v, **options):
+        out = fused(q, k, v, **options)
+        seen["dtype"] = out.dtype  # what the kernel computed in, after autocast had its say
+        return out
+
+    monkeypatch.setattr("cellweave.nn._attention.F.scaled_dot_product_attention", recorded)
+    with torch.autocast("cpu", torch.bfloat16):
+        MultiHeadAttention(16, n_heads)(torch.randn(2, 5, 16))
+    assert seen["dtype"] == expected
+
+
 def test_heads_must_divide_the_width():
     """Protects against a shape error deep in the network: the message names both numbers."""
     with pytest.raises(ValueError, match="`n_heads`=5 does not divide the attention width 12"):

@@ -44,10 +44,11 @@ def test_tutorials_use_public_names_only(path: Path):
 
 @pytest.mark.slow
 @by_name
-def test_tutorials_run(path: Path, tmp_path: Path):
+def test_tutorials_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A change of the API that breaks a tutorial is found here and not by a reader."""
     nbclient = pytest.importorskip("nbclient", reason="running tutorials needs nbclient (extra `test`)")
     pytest.importorskip("ipykernel", reason="running tutorials needs ipykernel (extra `test`)")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads that fight for busy cores make small models ten times slower
     notebook = read(path)
     client = nbclient.NotebookClient(
         notebook, timeout=CELL_TIMEOUT, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}

@@ -94,7 +94,9 @@ class MultiHeadAttention(nn.Module):
         return q, k, v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        # without this, CPU autocast would turn the float32 of `_project` back into bfloat16
+        with torch.autocast("cpu", enabled=torch.is_autocast_enabled("cpu") and q.dtype != torch.float32):
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
 
 
 class TabularAttentionLayer(nn.Module):
