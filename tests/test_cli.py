@@ -6,13 +6,13 @@ import subprocess
 import sys
 from importlib.metadata import entry_points, version
 from pathlib import Path
+from typing import Any
 
 import anndata
 import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
-from click.testing import Result
 from typer.testing import CliRunner
 
 from cellweave.cli import EMBEDDINGS, LABELS, app
@@ -21,7 +21,7 @@ from cellweave.tl import label_scores
 FILES = {"pbmc68k_stack.h5ad", "scores.csv", "training_curves.png", "umap.png"}
 
 
-def run(*arguments: str) -> Result:
+def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, arguments)
 
 
