@@ -27,8 +27,9 @@ help:
 	@echo "make docs   build the documentation in docs/_build/html"
 	@echo "make clean  remove what the commands above wrote (distclean: also $(VENV))"
 
+# One thread: the model is small, and threads that wait for each other on busy cores make it slower.
 demo: $(VENV)/.installed
-	$(BIN)/cellweave demo --out demo
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/cellweave demo --out demo
 
 test: $(VENV)/.installed-$(TEST_EXTRAS)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

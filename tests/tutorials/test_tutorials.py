@@ -48,7 +48,8 @@ def test_tutorials_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """A change of the API that breaks a tutorial is found here and not by a reader."""
     nbclient = pytest.importorskip("nbclient", reason="running tutorials needs nbclient (extra `test`)")
     pytest.importorskip("ipykernel", reason="running tutorials needs ipykernel (extra `test`)")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads that fight for busy cores make small models ten times slower
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")  # threads that fight for busy cores make small models ten times slower
     notebook = read(path)
     client = nbclient.NotebookClient(
         notebook, timeout=CELL_TIMEOUT, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}

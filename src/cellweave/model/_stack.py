@@ -23,7 +23,7 @@ from ._stack_masked import MaskedPredictionMixin
 __all__ = ["StackModel"]
 
 # Optimiser steps that the default number of epochs aims at, and its bounds.
-_TARGET_STEPS, _MIN_EPOCHS, _MAX_EPOCHS = 2000, 10, 400
+_TARGET_STEPS, _MIN_EPOCHS, _MAX_EPOCHS = 3000, 10, 400
 
 
 class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
@@ -32,6 +32,9 @@ class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
     Every cell is read together with ``n_cells - 1`` others, its *context*: attention runs over gene tokens inside each
     cell and across the cells of the context. The model is trained to predict the counts of randomly masked genes with
     a negative binomial. It is an independent implementation of the published Stack architecture.
+
+    Default sizes suit thousands to tens of thousands of cells on a CPU; the published model, for 150 million cells, has
+    ``n_hidden=100``, ``token_dim=16``, ``n_cells=256`` and ``n_layers=9``.
 
     Parameters
     ----------
@@ -87,10 +90,10 @@ class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
         self,
         adata: AnnOrMuData | None = None,
         registry: dict[str, Any] | None = None,
-        n_hidden: int = 32,
+        n_hidden: int = 16,
         token_dim: int = 8,
-        n_cells: int = 128,
-        n_layers: int = 4,
+        n_cells: int = 64,
+        n_layers: int = 2,
         n_heads: int = 8,
         mlp_ratio: int = 4,
         dropout: float = 0.0,
@@ -133,7 +136,7 @@ class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
         validation_size: float | None = None,
         shuffle_set_split: bool = True,
         split_by: Literal["cell", "context"] = "cell",
-        batch_size: int = 512,
+        batch_size: int = 128,
         early_stopping: bool = False,
         lr: float = 1e-3,
         weight_decay: float = 3e-3,
@@ -151,7 +154,7 @@ class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
         Parameters
         ----------
         max_epochs
-            Passes over the training cells; by default as many as give about 2,000 steps, from 10 to 400.
+            Passes over the training cells; by default as many as give about 3,000 steps, from 10 to 400.
         accelerator, devices
             As in scvi-tools and Lightning; ``"auto"`` uses one GPU where there is one.
         train_size, validation_size
