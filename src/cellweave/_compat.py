@@ -8,9 +8,6 @@ from scvi.data._constants import (
     _FIELD_REGISTRIES_KEY as FIELD_REGISTRIES_KEY,
 )
 from scvi.data._constants import (
-    _MODEL_NAME_KEY as MODEL_NAME_KEY,
-)
-from scvi.data._constants import (
     _SCVI_UUID_KEY as SCVI_UUID_KEY,
 )
 from scvi.data._constants import (
@@ -27,7 +24,6 @@ from scvi.model._utils import use_distributed_sampler
 
 __all__ = [
     "FIELD_REGISTRIES_KEY",
-    "MODEL_NAME_KEY",
     "SCVI_UUID_KEY",
     "SETUP_ARGS_KEY",
     "SETUP_METHOD_NAME",

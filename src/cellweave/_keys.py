@@ -27,11 +27,9 @@ class _LoaderKeys(NamedTuple):
 
 
 class _OutputKeys(NamedTuple):
-    """Default places of results in the user's AnnData."""
+    """Places in the user's AnnData that every model writes to."""
 
     PROVENANCE: str = "cellweave"  # uns
-    STACK_LATENT: str = "X_stack"  # obsm
-    STACK_NORMALIZED: str = "stack_normalized"  # layers
 
 
 REGISTRY_KEYS: Final = _RegistryKeys()
