@@ -267,6 +267,16 @@ def test_compiled_module_gives_the_same_loss_and_gradients(backend):
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: n + m)
 
 
+def test_compiled_module_accepts_draws_of_random_size():
+    """Protects `compile=True` at default sizes: numbers of masked genes and of drawn cells change from step to step."""
+    torch.compiler.reset()
+    module = StackModule(N_GENES, n_hidden=4, token_dim=4, n_cells=60, n_layers=1, n_heads=2, dropout=0.0).train()
+    tensors = {REGISTRY_KEYS.X: torch.poisson(torch.full((120, N_GENES), 2.0)), LOADER_KEYS.N_CELLS: 60}
+    compiled = torch.compile(module, backend="aot_eager")
+    for seed in range(3):
+        torch.testing.assert_close(_loss(compiled, tensors, seed).loss, _loss(module, tensors, seed).loss)
+
+
 # ---------------------------------------------------------------- batch condition
 
 BATCHES = torch.tensor([[0], [1], [2]]).repeat(N_CONTEXTS * N_CELLS // 3, 1)

@@ -130,6 +130,7 @@ class CellSetSampler(DistributedSampler):
         self.n_cells, self.rule = n_cells, rule
         self.contexts_per_batch = max(1, batch_size // n_cells)
         self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+        self.start_batch = 0  # batches that the next iteration skips: where an interrupted epoch continues
         sizes = np.unique(self.groups, return_counts=True)[1]
         n_contexts = int(np.sum(-(-sizes // n_cells)))
         self.n_contexts_per_rank = -(-n_contexts // self.num_replicas)
@@ -146,7 +147,8 @@ class CellSetSampler(DistributedSampler):
             rows, valid = rows[order], valid[order]
         rows, valid = self._share(rows, valid)
         step = self.contexts_per_batch
-        for start in range(0, len(rows), step):
+        first, self.start_batch = self.start_batch, 0
+        for start in range(first * step, len(rows), step):
             yield rows[start : start + step].ravel(), valid[start : start + step].ravel()
 
     def _share(self, rows: NDArray, valid: NDArray) -> tuple[NDArray, NDArray]:

@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from anndata import AnnData
-from lightning.pytorch.callbacks import EarlyStopping
 from mudata import MuData
 from numpy.typing import NDArray
 from scvi.data import AnnDataManager
-from scvi.model.base import BaseModelClass, UnsupervisedTrainingMixin
+from scvi.model.base import BaseModelClass
 
 from cellweave import _compat
-from cellweave._keys import OUTPUT_KEYS, REGISTRY_KEYS
+from cellweave._keys import REGISTRY_KEYS
 from cellweave._types import AnnOrMuData
-from cellweave.data import CellSetSplitter, align_genes, check_names
-from cellweave.train import CellweaveTrainingPlan, CellweaveTrainRunner
+from cellweave.data import align_genes, check_names
 
 from ._contexts import ContextInferenceMixin
 from ._persistence import PersistenceMixin
+from ._results import ResultsMixin
+from ._training import TrainingMixin
 
 __all__ = ["CellweaveModel"]
 
 
-class CellweaveModel(PersistenceMixin, ContextInferenceMixin, UnsupervisedTrainingMixin, BaseModelClass):
+class CellweaveModel(PersistenceMixin, ContextInferenceMixin, ResultsMixin, TrainingMixin, BaseModelClass):
     """Base of the models: scvi-tools habits, with data aligned by gene name and files that execute nothing."""
-
-    _data_splitter_cls = CellSetSplitter
-    _training_plan_cls = CellweaveTrainingPlan
-    _train_runner_cls = CellweaveTrainRunner
 
     def __repr__(self) -> str:
         n_parameters = sum(p.numel() for p in self.module.parameters())
@@ -52,57 +45,6 @@ class CellweaveModel(PersistenceMixin, ContextInferenceMixin, UnsupervisedTraini
         """Names of the genes of the model, in its order ``(gene,)``."""
         fields = self.registry_[_compat.FIELD_REGISTRIES_KEY]
         return np.asarray(fields[REGISTRY_KEYS.X][_compat.STATE_REGISTRY_KEY]["column_names"]).astype(str)
-
-    # ---------------------------------------------------------------- training
-
-    def _fit(
-        self,
-        max_epochs: int,
-        *,
-        splitter: dict[str, Any],
-        plan: dict[str, Any],
-        trainer: dict[str, Any],
-        **options: Any,
-    ) -> None:
-        """Train through scvi-tools, keeping its known traps away from the user.
-
-        The caller's random state is untouched: all draws of training are seeded by (seed, epoch, batch).
-        """
-        if self.adata is None:
-            raise ValueError("This model has no data to train on; load it with `adata=` or create it from an AnnData.")
-        trainer = {**trainer, "callbacks": list(trainer.get("callbacks") or [])}  # scvi-tools appends to the list
-        has_validation = _has_validation(options.get("train_size"), options.get("validation_size"))
-        if has_validation:
-            trainer.setdefault("check_val_every_n_epoch", 1)
-        trainer.setdefault("early_stopping_monitor", "validation_loss")
-        if options.get("early_stopping"):
-            if not has_validation:
-                raise ValueError("`early_stopping=True` needs validation cells; set `validation_size` above 0.")
-            options["early_stopping"] = self._early_stopping(trainer)
-        self._validate_anndata(self.adata)  # replays our registration if the data were set up for another model since
-        with _fork_random_state():
-            try:
-                super().train(
-                    max_epochs=max_epochs,
-                    datasplitter_kwargs=splitter,
-                    plan_kwargs=plan,
-                    **options,
-                    **trainer,
-                )
-            finally:
-                self.module.float()  # `precision="64-true"` and the like leave other dtypes behind
-        history: Any = getattr(self, "history_", None)
-        if isinstance(history, dict):  # the logger of scvi-tools collects objects
-            self.history_ = {name: frame.astype(float) for name, frame in history.items()}
-
-    @staticmethod
-    def _early_stopping(trainer: dict[str, Any]) -> bool:
-        """Whether scvi-tools shall add early stopping; it refuses under DDP, where we add the callback ourselves."""
-        if not _compat.use_distributed_sampler(trainer.get("strategy")):
-            return True
-        patience = trainer.get("early_stopping_patience", 45)
-        trainer["callbacks"].append(EarlyStopping(trainer["early_stopping_monitor"], patience=patience))
-        return False
 
     # ---------------------------------------------------------------- data of any getter
 
@@ -199,26 +141,6 @@ class CellweaveModel(PersistenceMixin, ContextInferenceMixin, UnsupervisedTraini
             )
         return positions
 
-    # ---------------------------------------------------------------- results
-
-    def _record(self, adata: AnnOrMuData, key: str, parameters: Mapping[str, Any]) -> None:
-        """Write what produced ``key`` to ``adata.uns["cellweave"][key]``."""
-        records = dict(adata.uns.get(OUTPUT_KEYS.PROVENANCE, {}))
-        records[key] = {
-            "model": type(self).__name__,
-            "version": version("cellweave"),
-            "weights_sha256": self._weights_hash(),
-            "parameters": {name: value for name, value in parameters.items() if value is not None},
-        }
-        adata.uns[OUTPUT_KEYS.PROVENANCE] = records
-
-    def _weights_hash(self) -> str:
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.module.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
     def _constructor_arguments(self) -> dict[str, Any]:
         saved = self.init_params_
         return {**saved["non_kwargs"], **{k: v for group in saved["kwargs"].values() for k, v in group.items()}}
@@ -226,20 +148,3 @@ class CellweaveModel(PersistenceMixin, ContextInferenceMixin, UnsupervisedTraini
 
 def _in_memory(view: AnnOrMuData) -> AnnOrMuData:
     return view.to_memory() if view.isbacked else view.copy()
-
-
-def _has_validation(train_size: float | None, validation_size: float | None) -> bool:
-    if validation_size is not None:
-        return validation_size > 0
-    return train_size is None or train_size < 1
-
-
-@contextmanager
-def _fork_random_state() -> Iterator[None]:
-    """Run with the random state of torch and numpy, and restore both afterwards."""
-    numpy_state = np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        np.random.set_state(numpy_state)

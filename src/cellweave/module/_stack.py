@@ -27,6 +27,7 @@ BatchCondition = Literal["none", "decoder", "both"]
 _INPUT_SCALE = 1e4
 
 
+@torch.compiler.disable  # draws stay eager, so that a seed means the same with and without compilation
 def sample_gene_mask(n_genes: int, rate_min: float, rate_max: float, generator: Generator | None = None) -> Tensor:
     """Draw the masked genes of one step: a uniform rate, then a uniform subset of ``floor(n_genes * rate)`` genes.
 

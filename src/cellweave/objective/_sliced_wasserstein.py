@@ -22,6 +22,7 @@ class Slices(NamedTuple):
     directions: Tensor  # (slice, dim), any length
 
 
+@torch.compiler.disable  # a compiled draw of random size fails, and would not follow the seed of the eager one
 def draw_slices(z: Tensor, n_proj: int, n_cells: int | None = None, generator: Generator | None = None) -> Slices:
     """Draw cells, prior samples and directions for ``z`` of shape ``(context, cell, dim)``.
 
