@@ -177,7 +177,7 @@ def test_counts_of_the_user_are_not_changed_by_reading(make_adata):
 @pytest.mark.parametrize("storage", ["csr", "dense", "csc", "backed"])
 def test_gene_shares(make_adata, tmp_path, monkeypatch, storage):
     """Protects the baseline of the reconstruction metrics: shares of the chosen rows, in several blocks too."""
-    monkeypatch.setattr("cellweave.data._loader._SHARE_BLOCK", 10)
+    monkeypatch.setattr("cellweave.data._loader.BUFFER_SIZE", 10)
     adata = make_adata()
     dense = adata.X.toarray().astype(np.float64)
     if storage == "backed":

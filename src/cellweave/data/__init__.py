@@ -3,9 +3,11 @@
 from ._fields import CategoryObsField, GroupObsField, MuDataCategoryObsField, MuDataGroupObsField
 from ._genes import align_genes
 from ._loader import CellSetDataset, CellSetLoader, gene_shares
+from ._rows import Rows, row_source
 from ._sampler import CellSetSampler, Contexts, draw_contexts
 from ._splitter import CellSetSplitter, split_cells
-from ._validate import check_counts, check_groups, check_known, check_names, looks_like_counts
+from ._store import CellStore, Part, join_parts, open_store
+from ._validate import check_counts, check_groups, check_known, check_names, get_counts, looks_like_counts
 
 __all__ = [
     "CategoryObsField",
@@ -13,10 +15,13 @@ __all__ = [
     "CellSetLoader",
     "CellSetSampler",
     "CellSetSplitter",
+    "CellStore",
     "Contexts",
     "GroupObsField",
     "MuDataCategoryObsField",
     "MuDataGroupObsField",
+    "Part",
+    "Rows",
     "align_genes",
     "check_counts",
     "check_groups",
@@ -24,6 +29,10 @@ __all__ = [
     "check_names",
     "draw_contexts",
     "gene_shares",
+    "get_counts",
+    "join_parts",
     "looks_like_counts",
+    "open_store",
+    "row_source",
     "split_cells",
 ]

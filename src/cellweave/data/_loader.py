@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal
 
 import numpy as np
 import scipy.sparse as sp
@@ -17,18 +20,21 @@ from torch.utils.data import DataLoader, Dataset
 from cellweave._keys import LOADER_KEYS, REGISTRY_KEYS
 from cellweave._types import ContextRule
 
-from ._sampler import CellSetSampler
+from ._densify import dense_rows
+from ._rows import MemoryRows, row_source, stack
+from ._sampler import BUFFER_SIZE, Buffer, CellSetSampler
 
-__all__ = ["CellSetDataset", "CellSetLoader", "gene_shares"]
+__all__ = ["CellSetDataset", "CellSetLoader", "chosen_block_size", "gene_shares"]
 
 logger = logging.getLogger(__name__)
 
-# Cells summed at a time, so that a backed matrix is read in bounded memory.
-_SHARE_BLOCK = 8192
+# Neighbouring rows of data on disk that are read in one go: runs of this length are about as fast as longer ones.
+_BLOCK_SIZE = 512
+_INT32 = 2**31
 
 
 class CellSetDataset(Dataset):
-    """Random access to the registered data of an AnnData or MuData, in memory or backed.
+    """Random access to the registered data of an AnnData or MuData, in memory or on disk.
 
     Parameters
     ----------
@@ -39,7 +45,10 @@ class CellSetDataset(Dataset):
     """
 
     def __init__(self, adata_manager: AnnDataManager, load_sparse_tensor: bool = False) -> None:
-        self.x = _as_rows(adata_manager.get_from_registry(REGISTRY_KEYS.X))
+        x = adata_manager.get_from_registry(REGISTRY_KEYS.X)
+        if sp.issparse(x) and x.format != "csr":
+            logger.info("Converting %s counts to CSR once; store them as CSR to save this.", x.format.upper())
+        self.x = row_source(x)
         self.codes = {
             key: torch.from_numpy(np.asarray(adata_manager.get_from_registry(key), dtype=np.int64).reshape(-1, 1))
             for key in adata_manager.data_registry
@@ -53,23 +62,40 @@ class CellSetDataset(Dataset):
     def __getitem__(self, sample: tuple[NDArray[np.int64], NDArray[np.bool_]]) -> dict[str, Any]:
         """Batch for ``(rows, valid)``: counts float32 ``(cell, gene)``, codes int64 ``(cell, 1)``, rows and validity."""
         rows, valid = sample
+        if isinstance(self.x, MemoryRows):
+            return self._batch(rows, valid, self._tensor(self.x.x, rows))
+        return self._batch(rows, valid, self._tensor(self.x[rows], np.arange(len(rows))))
+
+    def _batch(self, rows: NDArray[np.int64], valid: NDArray[np.bool_], counts: Tensor) -> dict[str, Any]:
         batch: dict[str, Any] = {key: codes[rows] for key, codes in self.codes.items()}
-        batch[REGISTRY_KEYS.X] = self._counts(rows)
+        batch[REGISTRY_KEYS.X] = counts
         batch[LOADER_KEYS.ROW] = torch.from_numpy(rows)
         batch[LOADER_KEYS.VALID] = torch.from_numpy(valid)
         batch[LOADER_KEYS.N_VALID] = int(valid.sum())
         return batch
 
-    def _counts(self, rows: NDArray[np.int64]) -> Tensor:
-        x: Any = self.x[rows] if isinstance(self.x, np.ndarray | sp.csr_matrix) else _read_backed(self.x, rows)
-        x = x.astype(np.float32, copy=False)
+    def stream(self, buffers: Iterable[Buffer]) -> Iterator[dict[str, Any]]:
+        """Batches of buffers; the cells of the next buffer are read while those of the last are used."""
+        held: tuple[NDArray[np.int64], Any] | None = None  # cells of earlier buffers that a batch still needs
+        for buffer, block in _read_ahead(buffers, self.x.take):
+            for rows, valid in buffer.batches:
+                yield self._batch(rows, valid, self._tensor(*_find(rows, buffer.rows, block, held)))
+            if len(buffer.kept):
+                kept, position = _find(buffer.kept, buffer.rows, block, held)
+                held = buffer.kept, kept[position]
+            else:
+                held = None
+
+    def _tensor(self, x: Any, rows: NDArray[np.int64]) -> Tensor:
+        """Rows of a matrix in memory as a float32 tensor: CSR, or dense."""
         if not sp.issparse(x):
-            return torch.from_numpy(np.ascontiguousarray(x))
+            return torch.from_numpy(np.ascontiguousarray(x[rows], dtype=np.float32))
         if not self.load_sparse_tensor:
-            return torch.from_numpy(x.toarray())
-        indptr, indices = (torch.from_numpy(a.astype(np.int64)) for a in (x.indptr, x.indices))
-        data = torch.from_numpy(x.data)
-        return torch.sparse_csr_tensor(indptr, indices, data, size=x.shape, check_invariants=False)
+            return torch.from_numpy(dense_rows(x, rows))
+        x = x[rows].astype(np.float32, copy=False)
+        index = np.int32 if x.nnz < _INT32 else np.int64
+        indptr, indices = (torch.from_numpy(a.astype(index, copy=False)) for a in (x.indptr, x.indices))
+        return torch.sparse_csr_tensor(indptr, indices, torch.from_numpy(x.data), size=x.shape, check_invariants=False)
 
 
 class CellSetLoader(DataLoader):
@@ -100,8 +126,14 @@ class CellSetLoader(DataLoader):
         Give sparse counts as CSR tensors.
     distributed_sampler
         Share contexts among the ranks of the process group.
+    block_size
+        Cells of a block of neighbouring rows, from shuffled blocks of which contexts are drawn; contexts come from all cells
+        with None. By default data on disk are read in blocks and data in memory are not.
+    buffer_size
+        Cells that are read together, when there are blocks.
     **kwargs
-        Passed to :class:`torch.utils.data.DataLoader`.
+        Passed to :class:`torch.utils.data.DataLoader`. Data on disk are read ahead in a thread of this process;
+        ``num_workers`` has no effect on them.
     """
 
     def __init__(
@@ -117,6 +149,8 @@ class CellSetLoader(DataLoader):
         by_context: bool = True,
         load_sparse_tensor: bool = False,
         distributed_sampler: bool = False,
+        block_size: int | Literal["auto"] | None = "auto",
+        buffer_size: int = BUFFER_SIZE,
         **kwargs: Any,
     ) -> None:
         dataset = CellSetDataset(adata_manager, load_sparse_tensor)
@@ -133,11 +167,28 @@ class CellSetLoader(DataLoader):
             seed=seed,
             rule=rule,
             distributed=distributed_sampler,
+            block_size=chosen_block_size(block_size, dataset.x.on_disk),
+            buffer_size=buffer_size,
         )
-        kwargs.setdefault("num_workers", settings.dl_num_workers)
+        self.reads_ahead = dataset.x.on_disk and block_size is not None
+        if self.reads_ahead and sampler.is_scattered:
+            warnings.warn(
+                "The cells of a `context_key` group are scattered over the file, which makes reading them slow; rewrite it "
+                "once with `cellweave.pp.write_store(..., group_by=...)`, or mix groups with `by_context=False`.",
+                UserWarning,
+                stacklevel=settings.warnings_stacklevel,
+            )
+        if self.reads_ahead:
+            kwargs = {key: kwargs[key] for key in ("generator", "pin_memory") if key in kwargs}
+        kwargs.setdefault("num_workers", 0 if self.reads_ahead else settings.dl_num_workers)
         # without a generator of its own, every iterator would draw a number from the user's global one
         kwargs.setdefault("generator", torch.Generator().manual_seed(seed))
-        super().__init__(_WithContextSize(dataset, n_cells), sampler=sampler, batch_size=None, **kwargs)
+        self._cells, self._contexts = _WithContextSize(dataset, n_cells), sampler
+        super().__init__(self._cells, sampler=sampler, batch_size=None, **kwargs)
+
+    def __iter__(self) -> Any:
+        """Iterator of batches."""
+        return self._cells.stream(self._contexts.buffers()) if self.reads_ahead else super().__iter__()
 
 
 class _WithContextSize(Dataset):
@@ -149,29 +200,48 @@ class _WithContextSize(Dataset):
     def __getitem__(self, sample: tuple[NDArray[np.int64], NDArray[np.bool_]]) -> dict[str, Any]:
         return {**self.dataset[sample], LOADER_KEYS.N_CELLS: self.n_cells}
 
-
-def _as_rows(x: Any) -> Any:
-    """``x`` in a form that gives rows fast and right: canonical CSR, a dense array, or a backed matrix."""
-    if not sp.issparse(x):
-        return x
-    if x.format != "csr":
-        logger.info("Converting %s counts to CSR once; store them as CSR to save this.", x.format.upper())
-    x = sp.csr_matrix(x)  # shares the arrays of a CSR matrix or array
-    if not x.has_canonical_format:
-        x = x.copy()
-        x.sum_duplicates()
-    return x
+    def stream(self, buffers: Iterable[Buffer]) -> Iterator[dict[str, Any]]:
+        for batch in self.dataset.stream(buffers):
+            yield {**batch, LOADER_KEYS.N_CELLS: self.n_cells}
 
 
-def _read_backed(x: Any, rows: NDArray[np.int64]) -> Any:
-    """Rows of an on-disk matrix in the requested order; HDF5 wants them sorted and unique."""
-    unique, inverse = np.unique(rows, return_inverse=True)
-    return x[unique][inverse]
+def chosen_block_size(block_size: int | Literal["auto"] | None, on_disk: bool) -> int | None:
+    """The block size that ``"auto"`` stands for: blocks are for data that must be read from disk."""
+    return (_BLOCK_SIZE if on_disk else None) if block_size == "auto" else block_size
+
+
+def _read_ahead(buffers: Iterable[Buffer], read: Callable[[NDArray[np.int64]], Any]) -> Iterator[tuple[Buffer, Any]]:
+    """Every buffer with what ``read`` gives for its rows, one read ahead of the consumer."""
+    with ThreadPoolExecutor(1, thread_name_prefix="cellweave-reader") as pool:
+        ahead: tuple[Buffer, Future] | None = None
+        for buffer in buffers:
+            following = (buffer, pool.submit(read, buffer.rows))
+            if ahead is not None:
+                yield ahead[0], ahead[1].result()
+            ahead = following
+        if ahead is not None:
+            yield ahead[0], ahead[1].result()
+
+
+def _find(
+    rows: NDArray[np.int64], block_rows: NDArray[np.int64], block: Any, held: tuple[NDArray[np.int64], Any] | None
+) -> tuple[Any, NDArray[np.int64]]:
+    """A matrix that holds the cells ``rows``, and where: the block that was read, joined with cells that were held."""
+    position = np.searchsorted(block_rows, rows)
+    if held is None:
+        return block, position
+    found = block_rows[np.minimum(position, len(block_rows) - 1)] == rows
+    if found.all():
+        return block, position
+    joined = stack([block[position[found]], held[1][np.searchsorted(held[0], rows[~found])]])
+    where = np.empty(len(rows), dtype=np.int64)
+    where[np.concatenate([np.flatnonzero(found), np.flatnonzero(~found)])] = np.arange(len(rows))
+    return joined, where
 
 
 def gene_shares(adata_manager: AnnDataManager, rows: NDArray[np.int64]) -> NDArray[np.float64]:
     """Share of each gene in all registered counts of sorted ``rows``: ``(gene,)``, summing to one."""
-    x = _as_rows(adata_manager.get_from_registry(REGISTRY_KEYS.X))
-    blocks = np.array_split(rows, -(-len(rows) // _SHARE_BLOCK))
-    total = np.sum([np.asarray(x[block].sum(axis=0), dtype=np.float64).ravel() for block in blocks], axis=0)
+    x = row_source(adata_manager.get_from_registry(REGISTRY_KEYS.X))
+    blocks = np.array_split(rows, -(-len(rows) // BUFFER_SIZE))
+    total = np.sum([np.asarray(x.take(b).sum(axis=0), dtype=np.float64).ravel() for b in blocks], axis=0)
     return total / total.sum()

@@ -14,7 +14,9 @@ from scvi.data import AnnDataManager
 from cellweave._keys import REGISTRY_KEYS
 from cellweave._types import ContextRule
 
-from ._loader import CellSetLoader
+from ._loader import CellSetLoader, chosen_block_size
+from ._rows import is_on_disk
+from ._sampler import BUFFER_SIZE, block_labels
 
 __all__ = ["CellSetSplitter", "split_cells"]
 
@@ -25,6 +27,7 @@ def split_cells(
     validation_size: float,
     rng: _Permuter,
     split_by: Literal["cell", "context"] = "cell",
+    block_size: int | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Split cells into training, validation and test rows.
 
@@ -38,12 +41,22 @@ def split_cells(
         Source of the split.
     split_by
         Split cells at random, or keep every group whole.
+    block_size
+        With ``split_by="cell"``, keep this many neighbouring cells of a group together, so that each set can be read in
+        long runs.
 
     Returns
     -------
     Sorted row positions of the three sets.
     """
-    unit = np.arange(len(groups)) if split_by == "cell" else np.unique(groups, return_inverse=True)[1]
+    if split_by == "context":
+        unit = np.unique(groups, return_inverse=True)[1]
+    elif block_size is None:
+        unit = np.arange(len(groups))
+    else:
+        by_group = np.argsort(groups, kind="stable")
+        unit = np.empty(len(groups), dtype=np.int64)
+        unit[by_group] = block_labels(groups[by_group], block_size)
     order = rng.permutation(unit.max() + 1)
     n_train = int(np.ceil(train_size * len(order)))
     n_val = min(len(order) - n_train, round(validation_size * len(order)))
@@ -84,6 +97,10 @@ class CellSetSplitter(LightningDataModule):
         How contexts are cut; see :func:`~cellweave.data.draw_contexts`.
     split_by
         ``"cell"`` splits cells, ``"context"`` whole groups of ``context_key``.
+    block_size
+        See :class:`CellSetLoader`. Blocks stay whole when more cells than ``buffer_size`` are split by cell.
+    buffer_size
+        Cells that are read together, when there are blocks.
     **loader_kwargs
         Passed to the loaders.
 
@@ -107,6 +124,8 @@ class CellSetSplitter(LightningDataModule):
         by_context: bool = True,
         rule: ContextRule = "random",
         split_by: Literal["cell", "context"] = "cell",
+        block_size: int | Literal["auto"] | None = "auto",
+        buffer_size: int = BUFFER_SIZE,
         **loader_kwargs: Any,
     ) -> None:
         super().__init__()
@@ -123,8 +142,14 @@ class CellSetSplitter(LightningDataModule):
         if split_by == "context" and len(np.unique(groups)) < 2:
             raise ValueError("`split_by='context'` needs at least two groups; set `context_key` in `setup_anndata`.")
         rng = np.random.default_rng(self.seed) if shuffle_set_split else _InOrder()
+        blocks = chosen_block_size(block_size, is_on_disk(adata_manager.get_from_registry(REGISTRY_KEYS.X)))
         self.train_idx, self.val_idx, self.test_idx = split_cells(
-            groups, self.train_size, validation_size, rng, split_by
+            groups if by_context or split_by == "context" else np.zeros_like(groups),
+            self.train_size,
+            validation_size,
+            rng,
+            split_by,
+            blocks if len(groups) > buffer_size else None,
         )
         self.n_train, self.n_val = len(self.train_idx), len(self.val_idx)
         if self.n_train == 0:
@@ -136,6 +161,8 @@ class CellSetSplitter(LightningDataModule):
             "rule": rule,
             "load_sparse_tensor": load_sparse_tensor,
             "distributed_sampler": distributed_sampler,
+            "block_size": block_size,
+            "buffer_size": buffer_size,
             "seed": self.seed,
             **loader_kwargs,
         }

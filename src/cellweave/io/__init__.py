@@ -1,5 +1,7 @@
-"""Safe model files: safetensors, JSON and a checksum manifest; nothing is executed on load."""
+"""Files: safe model directories that execute nothing on load, and stores of cells that stay on disk."""
+
+from cellweave.data import CellStore, open_store
 
 from ._model_files import ModelFileError, SavedModel, read_model, write_model
 
-__all__ = ["ModelFileError", "SavedModel", "read_model", "write_model"]
+__all__ = ["CellStore", "ModelFileError", "SavedModel", "open_store", "read_model", "write_model"]

@@ -3,5 +3,6 @@
 from cellweave.data import align_genes
 
 from ._counts import recover_counts
+from ._store import write_store
 
-__all__ = ["align_genes", "recover_counts"]
+__all__ = ["align_genes", "recover_counts", "write_store"]

@@ -1,0 +1,242 @@
+"""Rows of a cells x genes matrix, wherever it is: in memory, in an h5ad or zarr file, in a dask array, in many files."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from anndata.abc import CSCDataset, CSRDataset
+from numpy.typing import NDArray
+from scvi import settings
+
+from ._genes import _take_columns as take_columns
+
+__all__ = ["DiskRows", "MemoryRows", "Rows", "StackedRows", "is_on_disk", "row_source", "stack"]
+
+# A gap of at most this many unwanted rows is read through: one longer read costs less than two.
+_GAP = 16
+# Rows of a whole-matrix pass that are in memory at a time.
+_CHUNK = 8192
+_slow_files: set[str] = set()
+
+
+class Rows(ABC):
+    """Read access to the rows of a matrix ``(cell, gene)``; slicing gives CSR or dense arrays in memory."""
+
+    shape: tuple[int, int]
+    dtype: np.dtype
+    ndim = 2
+    on_disk = True  # reading rows costs time: worth reading in blocks and ahead
+
+    @abstractmethod
+    def read(self, start: int, stop: int) -> sp.csr_matrix | NDArray:
+        """Rows ``start`` to ``stop``, in one contiguous read where the storage allows it."""
+
+    def take(self, rows: NDArray[np.int64]) -> sp.csr_matrix | NDArray:
+        """Sorted unique rows, in as few reads as their gaps allow."""
+        if len(rows) == 0:
+            return self.read(0, 0)
+        cuts = np.flatnonzero(np.diff(rows) > _GAP) + 1
+        parts = [self._range(part) for part in np.split(rows, cuts)]
+        return parts[0] if len(parts) == 1 else stack(parts)
+
+    def _range(self, rows: NDArray[np.int64]) -> sp.csr_matrix | NDArray:
+        start, stop = int(rows[0]), int(rows[-1]) + 1
+        block = self.read(start, stop)
+        return block if len(rows) == stop - start else block[rows - start]
+
+    def chunks(self, size: int = _CHUNK) -> Iterator[tuple[int, sp.csr_matrix | NDArray]]:
+        """All rows in order, ``size`` at a time, each with the number of its first row."""
+        for start in range(0, self.shape[0], size):
+            yield start, self.read(start, min(start + size, self.shape[0]))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> sp.csr_matrix | NDArray:
+        """Rows, or rows and columns, as a matrix in memory."""
+        rows, columns = key if isinstance(key, tuple) else (key, slice(None))
+        if isinstance(rows, slice) and rows.step in (None, 1):
+            start, stop, _ = rows.indices(self.shape[0])
+            block = self.read(start, max(start, stop))
+        else:
+            wanted = np.arange(self.shape[0])[np.ravel(rows) if isinstance(rows, np.ndarray) else rows]
+            unique, inverse = np.unique(wanted, return_inverse=True)
+            block = self.take(unique)[inverse]
+        if isinstance(columns, slice) and columns == slice(None):
+            return block
+        return block[:, np.ravel(columns) if isinstance(columns, np.ndarray) else columns]
+
+
+class MemoryRows(Rows):
+    """A matrix in memory; sparse ones become canonical CSR, sharing arrays where they are so already."""
+
+    on_disk = False
+
+    def __init__(self, x: Any) -> None:
+        if sp.issparse(x):
+            x = sp.csr_matrix(x)
+            if not x.has_canonical_format:
+                x = x.copy()
+                x.sum_duplicates()
+        self.x, self.shape, self.dtype = x, x.shape, x.dtype
+
+    def read(self, start: int, stop: int) -> sp.csr_matrix | NDArray:
+        """Rows ``start`` to ``stop``."""
+        return self.x[start:stop]
+
+    def take(self, rows: NDArray[np.int64]) -> sp.csr_matrix | NDArray:
+        """Rows in any order."""
+        return self.x[rows]
+
+
+class DiskRows(Rows):
+    """A CSR group or a dense array of an h5ad or zarr file.
+
+    Parameters
+    ----------
+    data
+        Group with ``data``, ``indices`` and ``indptr`` as AnnData writes it, or a two-dimensional array.
+    name
+        What error messages call it.
+
+    Raises
+    ------
+    OSError
+        If parts of a zarr array are missing.
+    """
+
+    def __init__(self, data: Any, name: str) -> None:
+        self.name = name
+        self.indptr: NDArray[np.int64] | None = None
+        if hasattr(data, "shape"):
+            self.arrays: tuple[Any, ...] = (data,)
+            self.shape, self.dtype = (int(data.shape[0]), int(data.shape[1])), np.dtype(data.dtype)
+        else:
+            self.arrays = (data["data"], data["indices"])
+            n_cells, n_genes = data.attrs["shape"]
+            self.shape, self.dtype = (int(n_cells), int(n_genes)), np.dtype(data["data"].dtype)
+            self.indptr = np.asarray(data["indptr"][:], dtype=np.int64)
+        for array in self.arrays:
+            _check_complete(array, name)
+        if any(getattr(array, "compression", None) == "gzip" for array in self.arrays) and name not in _slow_files:
+            _slow_files.add(name)
+            warnings.warn(
+                f"{name} is compressed with gzip, which makes reading it about three times slower; "
+                "`cellweave.pp.write_store` rewrites it once in a faster form.",
+                UserWarning,
+                stacklevel=settings.warnings_stacklevel,
+            )
+
+    def read(self, start: int, stop: int) -> sp.csr_matrix | NDArray:
+        """Rows ``start`` to ``stop`` in one contiguous read of each array."""
+        try:
+            if self.indptr is None:
+                return np.asarray(self.arrays[0][start:stop])
+            indptr = self.indptr[start : stop + 1]
+            data, indices = (np.asarray(array[indptr[0] : indptr[-1]]) for array in self.arrays)
+        except (OSError, RuntimeError, ValueError, KeyError) as error:  # HDF5, and the codecs of zarr
+            raise OSError(
+                f"Cells {start} to {stop - 1} of {self.name} cannot be read ({error}); restore the file from a copy."
+            ) from error
+        return _csr(data, indices, indptr - indptr[0], self.shape[1])
+
+
+class _SlicedRows(Rows):
+    """Anything else that is sliced by rows: dask arrays (computed on access) and CSC matrices on disk."""
+
+    def __init__(self, x: Any, in_order: bool = True) -> None:
+        self.x, self.shape, self.dtype, self.in_order = x, tuple(x.shape), np.dtype(x.dtype), in_order
+
+    def read(self, start: int, stop: int) -> sp.csr_matrix | NDArray:
+        """Rows ``start`` to ``stop``, computed now."""
+        block = self.x[start:stop]
+        block = block.compute() if hasattr(block, "compute") else block
+        return sp.csr_matrix(block) if sp.issparse(block) else np.asarray(block)
+
+
+class StackedRows(Rows):
+    """The rows of several matrices below each other, with the columns of each brought into one gene order.
+
+    Parameters
+    ----------
+    parts
+        The matrices.
+    columns
+        For each of them, the column of every gene, -1 where it lacks the gene; None where its genes are in order.
+    """
+
+    def __init__(self, parts: Sequence[Rows], columns: Sequence[NDArray[np.int64] | None]) -> None:
+        self.parts, self.columns = list(parts), list(columns)
+        n_genes = {p.shape[1] if c is None else len(c) for p, c in zip(parts, columns, strict=True)}
+        if len(n_genes) != 1:
+            raise ValueError(f"The parts have different numbers of genes: {sorted(n_genes)}.")
+        self.offsets = np.cumsum([0, *(part.shape[0] for part in parts)])
+        self.shape = (int(self.offsets[-1]), n_genes.pop())
+        self.dtype = np.result_type(*(part.dtype for part in parts))
+        self.on_disk = any(part.on_disk for part in parts)
+
+    def read(self, start: int, stop: int) -> sp.csr_matrix | NDArray:
+        """Rows ``start`` to ``stop``, one contiguous read for each part they touch."""
+        blocks: list[Any] = []
+        for part, columns, first in zip(self.parts, self.columns, self.offsets[:-1], strict=True):
+            low, high = max(start - first, 0), min(stop - first, part.shape[0])
+            if low < high or (start == stop and not blocks):
+                block = part.read(low, max(low, high))
+                blocks.append(block if columns is None else take_columns(block, columns))
+        return blocks[0] if len(blocks) == 1 else stack(blocks)
+
+
+def row_source(x: Any, name: str = "the counts") -> Rows:
+    """Rows of ``x``: an array or sparse matrix, a backed matrix of AnnData, an array of a file, or a dask array."""
+    if isinstance(x, Rows):
+        return x
+    if not is_on_disk(x):
+        return MemoryRows(x)
+    if isinstance(x, CSRDataset):
+        return DiskRows(x.group, _file_name(x.group, name))
+    if isinstance(x, CSCDataset) or hasattr(x, "compute"):
+        return _SlicedRows(x)
+    return DiskRows(x, _file_name(x, name))
+
+
+def is_on_disk(x: Any) -> bool:
+    """Whether rows of ``x`` must be read or computed before they are in memory."""
+    return x.on_disk if isinstance(x, Rows) else not (isinstance(x, np.ndarray) or sp.issparse(x))
+
+
+def stack(blocks: Sequence[Any]) -> Any:
+    """Blocks below each other: CSR if any of them is sparse."""
+    if any(sp.issparse(block) for block in blocks):
+        return sp.vstack([sp.csr_matrix(block) for block in blocks], format="csr")
+    return np.concatenate(blocks)
+
+
+def _csr(data: NDArray, indices: NDArray, indptr: NDArray[np.int64], n_genes: int) -> sp.csr_matrix:
+    """CSR matrix of arrays that a file promises to be valid; sorted and summed up where it is not canonical."""
+    x = sp.csr_matrix((data, indices, indptr), shape=(len(indptr) - 1, n_genes))
+    x.sum_duplicates()  # checks first, and changes nothing in canonical data
+    return x
+
+
+def _check_complete(array: Any, name: str) -> None:
+    """Zarr reads a missing chunk as zeros, without a word."""
+    stored = getattr(array, "nchunks_initialized", None)
+    if stored is None:
+        return
+    if array.size and stored < array.nchunks:
+        raise OSError(
+            f"{array.nchunks - stored} of {array.nchunks} chunks of `{array.path}` in {name} are missing; restore the "
+            "store from a copy."
+        )
+
+
+def _file_name(data: Any, default: str) -> str:
+    """The file that holds a group or array of h5py or zarr."""
+    file = getattr(data, "file", None)
+    path = getattr(file, "filename", None) or getattr(data, "store_path", None)
+    return default if path is None else f"`{path}`"
