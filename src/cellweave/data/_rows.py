@@ -40,14 +40,16 @@ class Rows(ABC):
         """Sorted unique rows, in as few reads as their gaps allow."""
         if len(rows) == 0:
             return self.read(0, 0)
-        cuts = np.flatnonzero(np.diff(rows) > _GAP) + 1
-        parts = [self._range(part) for part in np.split(rows, cuts)]
-        return parts[0] if len(parts) == 1 else stack(parts)
+        runs = np.split(rows, np.flatnonzero(np.diff(rows) > _GAP) + 1)
+        block = self._read_runs([(int(run[0]), int(run[-1]) + 1) for run in runs])
+        if block.shape[0] == len(rows):
+            return block
+        starts = np.cumsum([0, *(run[-1] - run[0] + 1 for run in runs[:-1])])
+        return block[np.concatenate([start + run - run[0] for start, run in zip(starts, runs, strict=True)])]
 
-    def _range(self, rows: NDArray[np.int64]) -> sp.csr_matrix | NDArray:
-        start, stop = int(rows[0]), int(rows[-1]) + 1
-        block = self.read(start, stop)
-        return block if len(rows) == stop - start else block[rows - start]
+    def _read_runs(self, runs: Sequence[tuple[int, int]]) -> sp.csr_matrix | NDArray:
+        blocks = [self.read(start, stop) for start, stop in runs]
+        return blocks[0] if len(blocks) == 1 else stack(blocks)
 
     def chunks(self, size: int = _CHUNK) -> Iterator[tuple[int, sp.csr_matrix | NDArray]]:
         """All rows in order, ``size`` at a time, each with the number of its first row."""
@@ -134,16 +136,29 @@ class DiskRows(Rows):
 
     def read(self, start: int, stop: int) -> sp.csr_matrix | NDArray:
         """Rows ``start`` to ``stop`` in one contiguous read of each array."""
-        try:
-            if self.indptr is None:
-                return np.asarray(self.arrays[0][start:stop])
-            indptr = self.indptr[start : stop + 1]
-            data, indices = (np.asarray(array[indptr[0] : indptr[-1]]) for array in self.arrays)
-        except (OSError, RuntimeError, ValueError, KeyError) as error:  # HDF5, and the codecs of zarr
-            raise OSError(
-                f"Cells {start} to {stop - 1} of {self.name} cannot be read ({error}); restore the file from a copy."
-            ) from error
-        return _csr(data, indices, indptr - indptr[0], self.shape[1])
+        return self._read_runs([(start, stop)])
+
+    def _read_runs(self, runs: Sequence[tuple[int, int]]) -> sp.csr_matrix | NDArray:
+        if self.indptr is None:
+            return self._read_into(self.arrays[0], runs, runs)
+        entries = [(int(self.indptr[start]), int(self.indptr[stop])) for start, stop in runs]
+        data, indices = (self._read_into(array, entries, runs) for array in self.arrays)
+        per_cell = np.concatenate([np.diff(self.indptr[start : stop + 1]) for start, stop in runs])
+        return _csr(data, indices, np.concatenate([[0], np.cumsum(per_cell)]), self.shape[1])
+
+    def _read_into(self, array: Any, where: Sequence[tuple[int, int]], runs: Sequence[tuple[int, int]]) -> NDArray:
+        """Ranges of an array one after the other in one new array: nothing is copied a second time."""
+        out = np.empty((sum(stop - start for start, stop in where), *array.shape[1:]), dtype=array.dtype)
+        at = 0
+        for (start, stop), (first, last) in zip(where, runs, strict=True):
+            try:
+                out[at : at + stop - start] = array[start:stop]
+            except (OSError, RuntimeError, ValueError, KeyError) as error:  # HDF5, and the codecs of zarr
+                raise OSError(
+                    f"Cells {first} to {last - 1} of {self.name} cannot be read ({error}); restore the file from a copy."
+                ) from error
+            at += stop - start
+        return out
 
 
 class _SlicedRows(Rows):
