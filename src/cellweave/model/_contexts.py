@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -42,20 +42,15 @@ class ContextInferenceMixin:
         ``compute`` maps a batch on the device to a tensor ``(cell, feature)``. Every cell of ``rows`` (sorted, unique)
         is taken from the one context in which it is valid; repeat ``r`` uses the assignment of seed ``seed + r``.
         """
-        batch_size = max(settings.batch_size, 4 * n_cells) if batch_size is None else batch_size
         mean = squares = np.zeros(0, dtype=np.float32)
         for repeat in range(n_repeats):
-            loader = CellSetLoader(
-                self.get_anndata_manager(adata, required=True),
-                rows,
-                n_cells=n_cells,
-                batch_size=batch_size,
-                seed=seed + repeat,
-                rule=rule,
-                by_context=by_context,
-                load_sparse_tensor=torch.device(self.device).type != "cpu",
-            )
-            out = self._scatter(loader, rows, compute, description)
+            out = np.zeros((0, 0), dtype=np.float32)
+            contexts = {"n_cells": n_cells, "batch_size": batch_size, "seed": seed + repeat, "rule": rule}
+            batches = self._computed(adata, rows, compute, description, by_context=by_context, **contexts)
+            for done, values in batches:
+                if out.size == 0:
+                    out = np.empty((len(rows), values.shape[1]), dtype=np.float32)
+                out[np.searchsorted(rows, done)] = values
             if repeat == 0:
                 mean, squares = out, np.zeros_like(out)
             else:  # Welford's update: stable, one array per moment
@@ -64,21 +59,34 @@ class ContextInferenceMixin:
                 squares = squares + delta * (out - mean)
         return mean, np.sqrt(squares / np.float32(max(1, n_repeats - 1)))
 
-    @torch.inference_mode()
-    def _scatter(
-        self, loader: CellSetLoader, rows: NDArray[np.int64], compute: Callable, description: str
-    ) -> NDArray[np.float32]:
+    def _computed(
+        self,
+        adata: AnnOrMuData,
+        rows: NDArray[np.int64],
+        compute: Callable[[dict[str, Any]], torch.Tensor],
+        description: str,
+        *,
+        n_cells: int,
+        batch_size: int | None,
+        **contexts: Any,
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Rows and values ``(cell, feature)`` of one batch after the other; every cell of ``rows`` comes once."""
+        loader = CellSetLoader(
+            self.get_anndata_manager(adata, required=True),
+            rows,
+            n_cells=n_cells,
+            batch_size=max(settings.batch_size, 4 * n_cells) if batch_size is None else batch_size,
+            load_sparse_tensor=torch.device(self.device).type != "cpu",
+            **contexts,
+        )
         self.module.eval()
-        out = np.zeros((0, 0), dtype=np.float32)
         silent = len(loader) < 8  # a bar for work that takes a moment is noise
         for batch in track(loader, description=description, disable=silent, style="tqdm"):
             batch = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-            values = compute(batch).float().cpu().numpy()
+            with torch.inference_mode():
+                values = compute(batch).float().cpu().numpy()
             valid = batch[LOADER_KEYS.VALID].cpu().numpy()
-            if out.size == 0:
-                out = np.empty((len(rows), values.shape[1]), dtype=np.float32)
-            out[np.searchsorted(rows, batch[LOADER_KEYS.ROW].cpu().numpy()[valid])] = values[valid]
-        return out
+            yield batch[LOADER_KEYS.ROW].cpu().numpy()[valid], values[valid]
 
     @staticmethod
     def _rows(adata: AnnOrMuData, indices: Indices | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

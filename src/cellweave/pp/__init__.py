@@ -3,6 +3,7 @@
 from cellweave.data import align_genes
 
 from ._counts import recover_counts
+from ._statistics import gene_moments
 from ._store import write_store
 
-__all__ = ["align_genes", "recover_counts", "write_store"]
+__all__ = ["align_genes", "gene_moments", "recover_counts", "write_store"]
