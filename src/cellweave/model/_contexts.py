@@ -42,11 +42,21 @@ class ContextInferenceMixin:
         ``compute`` maps a batch on the device to a tensor ``(cell, feature)``. Every cell of ``rows`` (sorted, unique)
         is taken from the one context in which it is valid; repeat ``r`` uses the assignment of seed ``seed + r``.
         """
-        mean = squares = np.zeros(0, dtype=np.float32)
+        mean: NDArray[np.float32] = np.zeros(0, dtype=np.float32)
+        squares = mean
         for repeat in range(n_repeats):
-            out = np.zeros((0, 0), dtype=np.float32)
-            contexts = {"n_cells": n_cells, "batch_size": batch_size, "seed": seed + repeat, "rule": rule}
-            batches = self._computed(adata, rows, compute, description, by_context=by_context, **contexts)
+            out: NDArray[np.float32] = np.zeros((0, 0), dtype=np.float32)
+            batches = self._computed(
+                adata,
+                rows,
+                compute,
+                description,
+                n_cells=n_cells,
+                batch_size=batch_size,
+                seed=seed + repeat,
+                rule=rule,
+                by_context=by_context,
+            )
             for done, values in batches:
                 if out.size == 0:
                     out = np.empty((len(rows), values.shape[1]), dtype=np.float32)
@@ -67,7 +77,7 @@ class ContextInferenceMixin:
         description: str,
         *,
         n_cells: int,
-        batch_size: int | None,
+        batch_size: int | None = None,
         **contexts: Any,
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """Rows and values ``(cell, feature)`` of one batch after the other; every cell of ``rows`` comes once."""
