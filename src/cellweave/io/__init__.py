@@ -2,6 +2,7 @@
 
 from cellweave.data import CellStore, open_store
 
+from ._layer_writer import LayerWriter
 from ._model_files import ModelFileError, SavedModel, read_model, write_model
 
-__all__ = ["CellStore", "ModelFileError", "SavedModel", "open_store", "read_model", "write_model"]
+__all__ = ["CellStore", "LayerWriter", "ModelFileError", "SavedModel", "open_store", "read_model", "write_model"]

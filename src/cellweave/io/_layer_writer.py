@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
@@ -107,6 +108,15 @@ class LayerWriter:
                 if self.target.exists():
                     shutil.rmtree(self.target)
                 self._work.rename(self.target)
-                zarr.consolidate_metadata(group.store)
+                _refresh(self.path)
         finally:
             shutil.rmtree(self._work, ignore_errors=True)
+
+
+def _refresh(path: Path) -> None:
+    """Stores that repeat the metadata of all arrays in one place, as AnnData writes them, must learn of the new one."""
+    if zarr.open_group(path, mode="r").metadata.consolidated_metadata is None:
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata")
+        zarr.consolidate_metadata(path)

@@ -258,7 +258,6 @@ def _assemble(
         block = sp.vstack([cells for _, cells in found], format="csr")[np.argsort(rows)]
         data[indptr[start] : indptr[stop]] = block.data
         indices[indptr[start] : indptr[stop]] = block.indices
-    zarr.consolidate_metadata(group.store)
 
 
 def _ranges(n_cells: int, description: str) -> Iterator[tuple[int, int]]:
