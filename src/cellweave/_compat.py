@@ -11,6 +11,9 @@ from scvi.data._constants import (
     _SCVI_UUID_KEY as SCVI_UUID_KEY,
 )
 from scvi.data._constants import (
+    _SCVI_VERSION_KEY as SCVI_VERSION_KEY,
+)
+from scvi.data._constants import (
     _SETUP_ARGS_KEY as SETUP_ARGS_KEY,
 )
 from scvi.data._constants import (
@@ -25,6 +28,7 @@ from scvi.model._utils import use_distributed_sampler
 __all__ = [
     "FIELD_REGISTRIES_KEY",
     "SCVI_UUID_KEY",
+    "SCVI_VERSION_KEY",
     "SETUP_ARGS_KEY",
     "SETUP_METHOD_NAME",
     "STATE_REGISTRY_KEY",

@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import shutil
+import signal
+import time
 
 import numpy as np
 import pandas as pd
@@ -14,8 +16,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from cellweave.io import ModelFileError, SavedModel, read_model, write_model
+from cellweave.io import ModelFileError, SavedModel, inspect_model, read_model, write_model
 from cellweave.io import _model_files as files
+from cellweave.io import _replace as replacing
 
 NAMES = ["weights.safetensors", "config.json", "registry.json", "history.json", "indices.npz", "MANIFEST.json"]
 
@@ -133,13 +136,17 @@ def test_every_flipped_bit_is_noticed(saved):
     for i in range(100):
         path = saved / NAMES[i % len(NAMES)]
         intact = path.read_bytes()
-        damaged = bytearray(intact)
-        damaged[rng.integers(len(intact))] ^= 1 << int(rng.integers(8))
-        path.write_bytes(damaged)
+        _flip(path, int(rng.integers(len(intact))), int(rng.integers(8)))
         with pytest.raises(ModelFileError, match=f"{path.name}` (does not match its checksum|is damaged)"):
             read_model(saved)
         path.write_bytes(intact)
     _assert_same(read_model(saved), _content())
+
+
+def _flip(path, byte: int, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 1 << bit
+    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -168,19 +175,115 @@ def test_no_model_at_all(tmp_path, exists):
     """Protects against a bare FileNotFoundError: the message says what the directory lacks."""
     if exists:
         (tmp_path / "m").mkdir()
-    with pytest.raises(ModelFileError, match="is not a cellweave model directory: it has no MANIFEST.json"):
+    message = "is not a cellweave model directory: it " + ("has no MANIFEST.json" if exists else "does not exist")
+    with pytest.raises(ModelFileError, match=message):
         read_model(tmp_path / "m")
 
 
-def test_newer_schema_is_named(saved, monkeypatch, tmp_path):
+def test_file_in_place_of_a_directory(saved):
+    """Protects against a wrong path: a file, such as the weights themselves, is named as what it is."""
+    with pytest.raises(ModelFileError, match="weights.safetensors` is a file; give the model directory"):
+        read_model(saved / "weights.safetensors")
+
+
+def test_directory_in_place_of_a_file(saved):
+    """Protects against a half-copied model: a folder that has the name of a file counts as missing."""
+    (saved / "config.json").unlink()
+    (saved / "config.json").mkdir()
+    with pytest.raises(ModelFileError, match="config.json` is missing"):
+        read_model(saved)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unreadable_file_is_named(saved, name, monkeypatch):
+    """Protects against a bare PermissionError: one sentence says which file cannot be read."""
+    opened = type(saved).open
+
+    def refuse(path, *args, **kwargs):
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(type(saved), "open", refuse)
+    monkeypatch.setattr(type(saved), "read_bytes", lambda path: path.open("rb").read())
+    with pytest.raises(ModelFileError, match=f"{name}` cannot be read: Permission denied"):
+        read_model(saved)
+
+
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 0)() == 0, reason="permissions do not bind root")
+def test_permissions_are_named(saved):
+    """Protects shared folders: a model that may not be read or replaced is named, and stays as it is."""
+    saved.parent.chmod(0o555)
+    (saved / NAMES[0]).chmod(0)
+    try:
+        with pytest.raises(ModelFileError, match="cannot be read: Permission denied"):
+            read_model(saved)
+        with pytest.raises(PermissionError, match="could not be saved to .*: Permission denied"):
+            write_model(saved, _content(2.0), overwrite=True)
+    finally:
+        saved.parent.chmod(0o755)
+        (saved / NAMES[0]).chmod(0o644)
+    assert _value(saved) == 1
+
+
+def test_newer_schema_is_named(saved):
     """Protects files of the future: the message says which version reads them."""
-    monkeypatch.setattr(files, "SCHEMA", files.SCHEMA + 1)
-    write_model(tmp_path / "new", _content())
-    monkeypatch.undo()
-    with pytest.raises(
-        ModelFileError, match=rf"has file schema 2, this version of cellweave reads up to {files.SCHEMA}"
-    ):
-        read_model(tmp_path / "new")
+    _forge_manifest(saved, schema=files.SCHEMA + 1, cellweave="9.9")
+    message = rf"has file schema {files.SCHEMA + 1}, this .* reads up to {files.SCHEMA}; upgrade cellweave to .* 9\.9"
+    with pytest.raises(ModelFileError, match=message):
+        read_model(saved)
+
+
+def test_schema_that_is_no_longer_read_is_named(saved):
+    """Protects very old files: the message says which version wrote them."""
+    _forge_manifest(saved, schema=0, cellweave="0.0.1")
+    with pytest.raises(ModelFileError, match=r"file schema 0, this .* reads 1 to .* was written by 0\.0\.1"):
+        read_model(saved)
+
+
+def test_older_schema_goes_through_every_migration(saved, monkeypatch):
+    """Protects old models: each migration is applied once, in order, to the decoded files."""
+
+    def to_2(content):
+        history = content.pop("history.json")
+        return {**content, "curves.json": history}
+
+    def to_3(content):
+        content["config.json"]["init_params"]["non_kwargs"]["added"] = len(content["curves.json"])
+        return {**content, "history.json": content.pop("curves.json")}
+
+    monkeypatch.setattr(files, "SCHEMA", 3)
+    monkeypatch.setattr(files, "_FILES", {**files._FILES, 3: files._FILES[1]})
+    monkeypatch.setattr(files, "_MIGRATIONS", {1: to_2, 2: to_3})
+    migrated = read_model(saved)
+    assert migrated.config["init_params"]["non_kwargs"] == {"n": 3, "x": None, "added": 1}
+    assert migrated.history.keys() == {"train_loss"}
+
+
+def test_every_readable_schema_has_a_way_to_the_present_one():
+    """Protects a future change of the format: a new schema without a migration from the last one fails here."""
+    assert max(files._FILES) == files.SCHEMA
+    assert set(files._MIGRATIONS) == set(range(min(files._FILES), files.SCHEMA))
+
+
+# ---------------------------------------------------------------- description
+
+
+def test_inspect_says_what_a_model_is(saved):
+    """Protects `inspect_model`: class, state, genes and sizes are those of the files, and damage is noticed."""
+    content = _content()
+    fields = {"X": {"summary_stats": {"n_vars": 3, "n_cells": 1234}}, "batch": {"summary_stats": {"n_batch": 2}}}
+    registry = {"field_registries": fields, "setup_args": {"layer": "counts"}}
+    write_model(saved, content._replace(registry=registry), overwrite=True)
+    info = inspect_model(saved)
+    assert info[:6] == ("M", files.version("cellweave"), files.SCHEMA, True, 3, 1234)
+    assert info.arguments == {"n": 3, "x": None}
+    assert info.setup == {"layer": "counts"}
+    assert info.sizes == {name: (saved / name).stat().st_size for name in NAMES[:-1]}
+    assert "M(n=3, x=None)\n  3 genes, set up with 1,234 cells; trained" in repr(info)
+    _flip(saved / NAMES[0], 99, 1)
+    with pytest.raises(ModelFileError, match=NAMES[0]):
+        inspect_model(saved)
 
 
 # ---------------------------------------------------------------- untrusted files
@@ -233,16 +336,80 @@ def test_pickles_with_valid_checksums_are_not_executed(saved, tmp_path, name):
 def test_manifest_cannot_leave_a_file_unchecked(saved):
     """Protects the checks: a manifest that does not list a file is refused, however consistent it is."""
     _forge_manifest(saved, leave_out="weights.safetensors")
-    with pytest.raises(ModelFileError, match="weights.safetensors"):
+    with pytest.raises(ModelFileError, match="does not list 'weights.safetensors'"):
         read_model(saved)
 
 
-def _forge_manifest(folder, leave_out: str = "") -> None:
+@pytest.mark.parametrize("name", ["../outside.json", "/etc/hostname", "model.pt"])
+def test_manifest_cannot_name_other_files(saved, name):
+    """Protects files outside the directory, and pickles in it: a manifest that lists more is refused."""
+    (saved.parent / "outside.json").write_text("{}")
+    _forge_manifest(saved, extra={name: {"sha256": "0" * 64, "size": 2}})
+    with pytest.raises(ModelFileError, match=f"MANIFEST.json` lists '{name}'"):
+        read_model(saved)
+
+
+@pytest.mark.parametrize("schema", [None, "1", 1.5, [1]])
+def test_forged_schema_is_refused(saved, schema):
+    """Protects against a bare TypeError: a manifest whose schema is no number is damaged."""
+    _forge_manifest(saved, schema=schema)
+    with pytest.raises(ModelFileError, match="MANIFEST.json` is damaged"):
+        read_model(saved)
+
+
+@pytest.mark.parametrize("content", [b"[]", b'{"model": "M"}', b"[" * 100_000])
+def test_forged_config_is_refused(saved, content):
+    """Protects against a bare KeyError: a config that lacks what a model needs is refused in one sentence."""
+    (saved / "config.json").write_bytes(content)
+    _forge_manifest(saved)
+    with pytest.raises(ModelFileError, match="does not describe a model|config.json` is not what"):
+        read_model(saved)
+
+
+def test_linked_files_are_read_and_checked(saved, tmp_path):
+    """Protects downloads: the cache of a model hub links to its files; what counts is that the content is right."""
+    (tmp_path / "blobs").mkdir()
+    for name in NAMES:
+        shutil.move(saved / name, tmp_path / "blobs" / name)
+        (saved / name).symlink_to(tmp_path / "blobs" / name)
+    _assert_same(read_model(saved), _content())
+    _flip(tmp_path / "blobs" / NAMES[0], 99, 1)
+    with pytest.raises(ModelFileError, match=NAMES[0]):
+        read_model(saved)
+
+
+def test_other_files_are_neither_read_nor_lost(saved, tmp_path):
+    """Protects what users and hubs put beside a model: it is never opened, and kept when the model is saved again."""
+    (saved / "README.md").write_text("mine")
+    (saved / "figures").mkdir()
+    (saved / "figures" / "1.txt").write_text("one")
+    (saved / "link").symlink_to("README.md")
+    torch.save({"x": Payload(tmp_path / "executed")}, saved / "model.pt")
+    _assert_same(read_model(saved), _content())
+    write_model(saved, _content(2.0), overwrite=True)
+    assert _value(saved) == 2
+    assert (saved / "README.md").read_text() == (saved / "link").read_text() == "mine"
+    assert (saved / "link").is_symlink()
+    assert (saved / "figures" / "1.txt").read_text() == "one"
+    assert not (tmp_path / "executed").exists()
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_saving_through_a_link_replaces_what_it_points_to(saved, tmp_path):
+    """Protects links such as `best -> run7`: the model behind it is replaced, the link stays."""
+    (tmp_path / "best").symlink_to(saved)
+    write_model(tmp_path / "best", _content(2.0), overwrite=True)
+    assert (tmp_path / "best").is_symlink()
+    assert _value(saved) == _value(tmp_path / "best") == 2
+    assert sorted(os.listdir(tmp_path)) == ["best", "m"]
+
+
+def _forge_manifest(folder, leave_out: str = "", extra: dict | None = None, **fields) -> None:
     names = [name for name in NAMES[:-1] if name != leave_out]
     listed = {n: {"sha256": files._sha256(folder / n), "size": (folder / n).stat().st_size} for n in names}
     manifest = json.loads((folder / "MANIFEST.json").read_text())
-    content = {"schema": manifest["schema"], "cellweave": manifest["cellweave"], "files": listed}
-    (folder / "MANIFEST.json").write_bytes(files._manifest_bytes(content))
+    content = {"schema": manifest["schema"], "cellweave": manifest["cellweave"], "files": {**listed, **(extra or {})}}
+    (folder / "MANIFEST.json").write_bytes(files._manifest_bytes({**content, **fields}))
 
 
 # ---------------------------------------------------------------- interrupted saves
@@ -291,7 +458,7 @@ def _full_disk():
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_failed_save_keeps_the_old_model_and_cleans_up(tmp_path, overwrite):
-    """Protects against a full disk at any moment: the old model stays in its place, no temporary directory stays."""
+    """Protects against a full disk at any moment: one sentence, the old model stays, nothing half-written stays."""
     outcomes = set()
     for stop_at in range(1, _number_of_operations(tmp_path, overwrite) + 1):
         folder = tmp_path / str(stop_at)
@@ -301,23 +468,34 @@ def test_failed_save_keeps_the_old_model_and_cleans_up(tmp_path, overwrite):
             _count_and_stop(patch, stop_at, "before", _full_disk)
             try:
                 write_model(folder / "m", _content(2.0), overwrite=overwrite)
-                outcomes.add("saved")
-            except OSError:
+                outcomes.add(outcome := "saved")
+            except OSError as error:
+                outcome = "failed"
+                assert str(error).startswith(
+                    f"The model could not be saved to `{folder / 'm'}`: No space left on device"
+                )
+                assert error.errno == errno.ENOSPC
                 outcomes.add("failed")
         left = os.listdir(folder) if folder.exists() else []
-        assert [name for name in left if name not in ("m", ".m.previous")] == []
-        if overwrite:
-            assert _value(folder / "m") in (1, 2)
-        elif left:
-            assert _value(folder / "m") == 2
+        # what could not be removed after the new model was in place waits for the next save
+        assert left in ([], ["m"]) or outcome == "saved"
+        if outcome == "saved" or overwrite:
+            assert _value(folder / "m") == (2 if outcome == "saved" else 1)
+        write_model(folder / "m", _content(3.0), overwrite=True)
+        assert os.listdir(folder) == ["m"]
     assert "failed" in outcomes
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork to kill a process while it saves")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork to kill a process while it saves")
+killed = pytest.mark.filterwarnings("ignore:.*was being replaced when the process:UserWarning")
+
+
+@needs_fork
+@killed
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_killed_save_leaves_a_loadable_model(tmp_path, overwrite, when):
-    """Protects against a kill at any moment of a save: the old or the new model loads, and saving works again."""
+    """Protects against a kill at any moment of a save: the old or the new model loads, and saving cleans up."""
     seen = set()
     for stop_at in range(1, _number_of_operations(tmp_path, overwrite) + 1):
         target = tmp_path / f"{stop_at}" / "m"
@@ -329,17 +507,119 @@ def test_killed_save_leaves_a_loadable_model(tmp_path, overwrite, when):
             seen.add(_value(target))
         write_model(target, _content(3.0), overwrite=True)
         assert _value(target) == 3
+        assert os.listdir(target.parent) == ["m"]
     assert seen == ({1.0, 2.0} if overwrite else {2.0})
 
 
 def _save_and_die(target, stop_at: int, when: str) -> None:
-    """Save in a child process that ends without any clean-up at the given operation."""
+    """Save in a child process that is killed at the given operation."""
     child = os.fork()
     if child == 0:
         try:
-            _count_and_stop(pytest.MonkeyPatch(), stop_at, when, lambda: os._exit(0))
+            _count_and_stop(pytest.MonkeyPatch(), stop_at, when, lambda: os.kill(os.getpid(), signal.SIGKILL))
             write_model(target, _content(2.0), overwrite=True)
         finally:
             os._exit(1)
     _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0, "the child must die at the operation, not before or after it"
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL, "the child must die at the operation"
+
+
+@killed
+def test_model_left_under_the_backup_name_is_still_a_model(saved):
+    """Protects the old model of a killed save: it is read with a warning, needs `overwrite`, and is put back."""
+    saved.rename(replacing.backup_of(saved))
+    with pytest.warns(UserWarning, match="was being replaced when the process that did it ended"):
+        assert _value(saved) == 1
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        write_model(saved, _content(2.0))
+    assert os.listdir(saved.parent) == ["m"]
+    assert _value(saved) == 1
+
+
+@needs_fork
+def test_save_of_a_living_process_is_left_alone(tmp_path):
+    """Protects two processes that save the same name: each finishes, neither removes the files of the other."""
+    target = tmp_path / "m"
+    (may_go, go), (is_there, there) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            write = files.np.savez
+
+            def slow(*args, **kwargs):
+                os.write(there, b"x")
+                os.read(may_go, 1)
+                return write(*args, **kwargs)
+
+            files.np.savez = slow
+            write_model(target, _content(2.0), overwrite=True)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(there)  # so that a child that dies early ends the wait
+    try:
+        assert os.read(is_there, 1) == b"x"
+        staging = [name for name in os.listdir(tmp_path) if name.startswith(".m.saving-")]
+        write_model(target, _content(1.0), overwrite=True)
+        write_model(target, _content(1.5), overwrite=True)
+        assert set(os.listdir(tmp_path)) == {"m", *staging}
+        assert len(staging) == 1
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        raise
+    finally:
+        os.write(go, b"x")
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        for descriptor in (may_go, go, is_there):
+            os.close(descriptor)
+    assert code == 0
+    assert _value(target) == 2
+    assert os.listdir(tmp_path) == ["m"]
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_remains_of_other_computers_are_removed_when_they_are_old(saved, has_locks, monkeypatch):
+    """Protects shared file systems, where locks may not be seen: only remains of a day ago are surely dead."""
+    new, old = (saved.with_name(f".m.saving-{host}-0") for host in ("aaaaaaaa", "bbbbbbbb"))
+    for folder in (new, old):
+        folder.mkdir()
+    os.utime(old, (time.time() - 2 * 24 * 60 * 60,) * 2)
+    if not has_locks:
+        monkeypatch.setattr(replacing, "fcntl", None)
+    write_model(saved, _content(2.0), overwrite=True)
+    assert sorted(os.listdir(saved.parent)) == [new.name, "m"]
+
+
+def test_model_replaced_while_it_is_read_is_read_again(saved, monkeypatch):
+    """Protects readers beside a training run: never the weights of one save and the config of another."""
+    decode = files._decoded
+    values = iter([2.0, 3.0])
+
+    def decode_and_replace(path):
+        content = decode(path)
+        if path.name == "config.json" and (value := next(values, None)):
+            write_model(saved, _content(value), overwrite=True)
+        return content
+
+    monkeypatch.setattr(files, "_decoded", decode_and_replace)
+    _assert_same(read_model(saved), _content(3.0))
+
+
+@needs_fork
+def test_real_limit_of_the_file_system(saved):
+    """Protects against real write errors, also those of safetensors: the sentence, the old model, no remains."""
+    resource = pytest.importorskip("resource", reason="no limits of file sizes")
+    sizes = [(saved / name).stat().st_size for name in NAMES]
+    for limit in sorted({0, 1, *(size - 1 for size in sizes)}):
+        child = os.fork()
+        if child == 0:
+            try:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+                write_model(saved, _content(2.0), overwrite=True)
+            except OSError as error:
+                os._exit(0 if str(error).startswith("The model could not be saved to `") else 2)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, f"limit of {limit} bytes"
+        assert os.listdir(saved.parent) == ["m"]
+        _assert_same(read_model(saved), _content())

@@ -2,7 +2,20 @@
 
 from cellweave.data import CellStore, open_store
 
+from ._hub import write_hub_card
+from ._inspect import ModelInfo, inspect_model
 from ._layer_writer import LayerWriter
 from ._model_files import ModelFileError, SavedModel, read_model, write_model
 
-__all__ = ["CellStore", "LayerWriter", "ModelFileError", "SavedModel", "open_store", "read_model", "write_model"]
+__all__ = [
+    "CellStore",
+    "LayerWriter",
+    "ModelFileError",
+    "ModelInfo",
+    "SavedModel",
+    "inspect_model",
+    "open_store",
+    "read_model",
+    "write_hub_card",
+    "write_model",
+]

@@ -13,7 +13,7 @@ from scvi.model.base import UnsupervisedTrainingMixin
 
 from cellweave import _compat
 from cellweave.data import CellSetSplitter
-from cellweave.train import CellweaveTrainingPlan, CellweaveTrainRunner
+from cellweave.train import CellweaveTrainingPlan, CellweaveTrainRunner, with_history
 
 __all__ = ["TrainingMixin"]
 
@@ -41,6 +41,7 @@ class TrainingMixin(UnsupervisedTrainingMixin):
         if self.adata is None:
             raise ValueError("This model has no data to train on; load it with `adata=` or create it from an AnnData.")
         trainer = {**trainer, "callbacks": list(trainer.get("callbacks") or [])}  # scvi-tools appends to the list
+        trainer["logger"] = with_history(trainer.get("logger"), trainer.get("default_root_dir"))
         has_validation = _has_validation(options.get("train_size"), options.get("validation_size"))
         if has_validation:
             trainer.setdefault("check_val_every_n_epoch", 1)
