@@ -20,8 +20,9 @@ from cellweave.model import StackModel
 HERE = Path(__file__).parent
 
 # the same examples on every run, and no deadline: machines that run tests are shared
-settings.register_profile("cellweave", derandomize=True, deadline=None)
-settings.load_profile("cellweave")
+settings.register_profile("cellweave", derandomize=True, deadline=None, max_examples=25)
+settings.register_profile("thorough", derandomize=True, deadline=None, max_examples=200)
+settings.load_profile(os.environ.get("CELLWEAVE_HYPOTHESIS", "cellweave"))
 
 
 @pytest.fixture(autouse=True)

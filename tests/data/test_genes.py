@@ -144,3 +144,109 @@ def test_data_without_genes_are_refused():
     """Protects empty objects: zero genes is no overlap, not an IndexError."""
     with pytest.raises(ValueError, match="Only 0 of the 12 genes"):
         align_genes(_adata([]), NAMES)
+
+
+# ---------------------------------------------------------------- other kinds of names
+
+IDS = [f"ENSG{i:011d}" for i in range(12)]
+
+
+def _named(names) -> AnnData:
+    adata = _adata(NAMES)
+    adata.var_names = list(names)
+    return adata
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        ([f"{i}.3" for i in IDS], IDS),
+        (IDS, [f"{i}.12" for i in IDS]),
+        ([f"{i}.3" for i in IDS], [f"{i}.12" for i in IDS]),
+    ],
+    ids=["data", "model", "both"],
+)
+def test_versions_are_ignored_with_a_notice(names, wanted):
+    """Protects Ensembl identifiers: version suffixes are no part of the identity; the warning says how many and which."""
+    with pytest.warns(UserWarning, match=rf"12 of the 12 genes match only without.*'{wanted[-1]}' and '{names[-1]}'"):
+        aligned = align_genes(_named(names), wanted[::-1])
+    assert list(aligned.var_names) == wanted[::-1]
+    np.testing.assert_array_equal(_dense(aligned.X), _dense(_adata(NAMES[::-1]).X))
+
+
+def test_equal_names_come_before_versions(recwarn):
+    """Protects exact matches: a column of the very version that is asked for is taken, the other one left out."""
+    aligned = align_genes(_named([IDS[0], f"{IDS[0]}.3", *IDS[2:]]), [f"{IDS[0]}.3", *IDS[2:]])
+    np.testing.assert_array_equal(_dense(aligned.X)[:, 0], _dense(_adata(NAMES).X)[:, 1])
+    assert not [w for w in recwarn if "version" in str(w.message)]
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_several_versions_are_refused(swap):
+    """Protects against a guess: two versions of one identifier have no right answer."""
+    several, one = [f"{IDS[0]}.3", f"{IDS[0]}.4", *IDS[2:]], [IDS[0], *IDS[1:]]
+    names, wanted = (one, several) if swap else (several, one)
+    owner = "model" if swap else "data"
+    with pytest.raises(ValueError, match=rf"of the {owner} hold 1 identifier.*'{several[0]}', '{several[1]}'"):
+        align_genes(_named(names), wanted)
+
+
+@pytest.mark.parametrize("clone", ["RP11-34P13", "AL627309"])
+def test_points_in_other_names_are_kept(clone):
+    """Protects symbols: AL627309.1 and AL627309.5 are two genes."""
+    names, others = ([f"{clone}.{i + start}" for i in range(12)] for start in (0, 50))
+    for present, wanted in [(names, others), (names[:1] + IDS[1:], others[:1] + NAMES[1:])]:
+        with pytest.raises(ValueError, match="Only 0 of the 12 genes"):
+            align_genes(_named(present), wanted, min_overlap=0)
+
+
+@pytest.mark.parametrize("dtype", [object, "string", "category"])
+def test_column_with_the_right_names_is_proposed(dtype):
+    """Protects symbols against Ensembl: the column of `var` that matches best is named with what to do."""
+    adata = _named(IDS)
+    adata.var["few"] = [*NAMES[:7], *"abcde"]
+    adata.var["symbol"] = pd.Series(NAMES, index=adata.var_names).astype(dtype)
+    adata.var["length"] = np.arange(12.0)
+    message = r"`adata.var\['symbol'\]` would match 12 of them: set `adata.var_names = adata.var\['symbol'\]`"
+    with pytest.raises(ValueError, match=message):
+        align_genes(adata, NAMES)
+    adata.var_names = adata.var["symbol"].astype(str)
+    assert align_genes(adata, NAMES).shape == (5, 12)
+
+
+def test_versions_in_the_proposed_column_do_not_matter():
+    """Protects the proposal: identifiers with versions in a column are counted as they would be matched."""
+    adata = _named(NAMES)
+    adata.var["gene_id"] = [f"{i}.2" for i in IDS]
+    with pytest.raises(ValueError, match=r"`adata.var\['gene_id'\]` would match 12"):
+        align_genes(adata, IDS)
+
+
+def test_letter_case_is_proposed_and_never_matched():
+    """Protects species: `MT-CO1` is not `mt-CO1`; the error says that another case would match, and how many."""
+    human = [f"MT-{i}" for i in range(12)]
+    with pytest.raises(ValueError, match="12 more would match in another letter case .*'MT-0' and 'mt-0'.*species"):
+        align_genes(_named([name.lower() for name in human]), human, min_overlap=0)
+
+
+def test_few_genes_in_another_case_are_not_lost_silently():
+    """Protects mitochondrial genes: one of twelve in another case is above 90 % overlap, and still a warning."""
+    with pytest.warns(UserWarning, match="11 of the 12 genes.*first missing: 'G0'.*1 more would match.*'G0' and 'g0'"):
+        align_genes(_adata(NAMES), ["G0", *NAMES[1:]])
+
+
+def test_report_is_logged(caplog):
+    """Protects row 30: also a silent match is reported in the log, with the first missing gene."""
+    with caplog.at_level("INFO", logger="cellweave"):
+        align_genes(_adata(NAMES), NAMES[::-1])
+        align_genes(_adata(NAMES[:11]), NAMES)
+    assert "All 12 genes of the model are in the data" in caplog.text
+    assert "11 of the 12 genes of the model are in `adata.var_names`; the others count as zero" in caplog.text
+
+
+def test_error_says_how_to_accept_fewer_genes():
+    """Protects users of small panels: the way to lower `min_overlap` is in the error; not where nothing matches."""
+    with pytest.raises(ValueError, match=r"`cellweave.pp.align_genes\(adata, model.genes, min_overlap=\.\.\.\)`\."):
+        align_genes(_adata(NAMES[:5]), NAMES)
+    with pytest.raises(ValueError, match=r"symbols or Ensembl identifiers\)\.$"):
+        align_genes(_adata(NAMES), IDS)

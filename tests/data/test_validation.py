@@ -11,8 +11,10 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
+from mudata import MuData
 
 from cellweave.data import check_counts, check_groups, looks_like_counts
+from cellweave.io import read_model, write_model
 from cellweave.model import StackModel
 
 STORAGE = {"dense": lambda x: x.toarray(), "csr": sp.csr_matrix, "csc": sp.csc_matrix, "csr_array": sp.csr_array}
@@ -90,7 +92,7 @@ def _snapshot(adata) -> dict:
     return {
         "X": (type(adata.X), adata.X.dtype, x.tobytes()),
         "obs": adata.obs.copy(),
-        "keys": [sorted(part) for part in (adata.uns, adata.obsm, adata.layers, adata.varm, adata.var)],
+        "keys": [sorted(map(str, part)) for part in (adata.uns, adata.obsm, adata.layers, adata.varm, adata.var)],
         "names": (list(adata.obs_names), list(adata.var_names)),
     }
 
@@ -167,32 +169,109 @@ def test_view_is_refused(make_adata):
 
 
 @pytest.mark.parametrize("storage", STORAGE)
-def test_fractional_values_warn_and_name_the_layer_with_counts(make_adata, storage):
-    """Protects users with log-normalised X: accepted, with a warning that says where counts seem to be."""
+def test_fractional_values_are_refused_and_the_layer_with_counts_is_named(make_adata, storage):
+    """Protects users with log-normalised X: count, first position, where counts seem to be, and how to go on anyway."""
     adata = make_adata()
     adata.layers["raw"] = adata.X.copy()
     adata.layers["logged"] = np.log1p(adata.X.toarray())
-    adata.X = STORAGE[storage](adata.layers["raw"].log1p())
-    n_fractional = int((adata.layers["raw"].data > 0).sum())
-    with pytest.warns(UserWarning, match=rf"`adata.X` has {n_fractional} non-integer values.*: 'raw'\."):
+    x = sp.csr_matrix(adata.layers["raw"].toarray())
+    x[0, :3] = 0
+    x.eliminate_zeros()
+    n_fractional, first = x.nnz, x.indices[0]
+    adata.X = STORAGE[storage](x.log1p())
+    before = _snapshot(adata)
+    found = rf"`adata.X` has {n_fractional} non-integer value\(s\) \(first: cell 'cell0', gene 'gene{first}'\)"
+    with pytest.raises(ValueError, match=rf"{found}, .*look like counts: `layer='raw'`, .*`allow_noncounts=True`\."):
         _setup(adata)
+    _assert_unchanged(adata, before)
+    with pytest.warns(UserWarning, match=rf"{found} .*`allow_noncounts=True` allows; .*`layer='raw'`\."):
+        _setup(adata, allow_noncounts=True)
 
 
 def test_fractional_values_without_a_layer_of_counts(make_adata):
     """Protects the advice: where no layer looks like counts, none is suggested."""
     adata = make_adata()
     adata.X = adata.X.log1p()
-    with pytest.warns(UserWarning, match="non-integer values.*give raw counts with `layer=`"):
+    with pytest.raises(ValueError, match="non-integer value.*; give raw counts with `layer=`, or set up"):
         _setup(adata)
 
 
+def test_counts_in_x_are_suggested_for_a_faulty_layer(make_adata):
+    """Protects the advice: counts may also be in X."""
+    adata = make_adata()
+    adata.layers["logged"] = adata.X.log1p()
+    with pytest.raises(ValueError, match=r"`adata.layers\['logged'\]` has .*look like counts: `adata.X`, or"):
+        _setup(adata, layer="logged")
+
+
 def test_faulty_layer_is_not_suggested_in_its_own_place(make_adata):
-    """Protects the advice: a layer whose first cells look like counts is not the answer to its own warning."""
+    """Protects the advice: a layer whose first cells look like counts is not the answer to its own error."""
     adata = make_adata(n_cells=150)
     adata.layers["mixed"] = adata.X.toarray()
     adata.layers["mixed"][120:] /= 3
-    with pytest.warns(UserWarning, match="non-integer values.*give raw counts with `layer=`"):
+    adata.X = adata.X / 3
+    with pytest.raises(ValueError, match="non-integer value.*'cell120'.*give raw counts with `layer=`"):
         check_counts(adata, "mixed")
+
+
+def test_parts_of_a_repeated_entry_are_no_values(make_adata):
+    """Protects sparse matrices that store an entry in parts: their sum counts, in the checks as in the model."""
+    adata = make_adata()
+    x = sp.csr_matrix(adata.X)
+    row = np.repeat(np.arange(96), np.diff(x.indptr))
+    parts = np.concatenate([x.data + 0.5, np.full(x.nnz, -0.5, dtype=np.float32)])
+    order = np.argsort(np.tile(row, 2), kind="stable")
+    adata.X = sp.csr_matrix((parts[order], np.tile(x.indices, 2)[order], 2 * x.indptr), shape=x.shape)
+    stored = adata.X.nnz
+    check_counts(adata)
+    assert adata.X.nnz == stored
+
+
+@pytest.mark.parametrize("method", ["setup_anndata", "setup_mudata"])
+def test_the_choice_is_kept_for_queries_and_files(make_adata, tiny, quick, tmp_path, method):
+    """Protects `allow_noncounts`: replayed for queries and by `load`; without it queries are refused as well."""
+
+    def data(logged):
+        adata = make_adata()
+        if logged:
+            adata.X = adata.X.log1p()
+        return MuData({"rna": adata}) if method == "setup_mudata" else adata
+
+    for allowed in (True, False):
+        first = data(allowed)
+        getattr(StackModel, method)(first, allow_noncounts=allowed)
+        model = StackModel(first, **tiny)
+        model.train(**quick)
+        folder = tmp_path / str(allowed)
+        model.save(folder)
+        calls = [
+            lambda model=model: model.get_latent_representation(data(True)),
+            lambda folder=folder: StackModel.load(folder, data(True), accelerator="cpu").get_latent_representation(),
+            lambda folder=folder: StackModel.load(folder, accelerator="cpu").get_latent_representation(data(True)),
+        ]
+        for call in calls:
+            if allowed:
+                with pytest.warns(UserWarning, match="non-integer value"):
+                    assert np.isfinite(call()).all()
+            else:
+                with pytest.raises(ValueError, match="non-integer value.*`allow_noncounts=True`"):
+                    call()
+
+
+def test_models_saved_before_the_choice_still_load(trained, make_adata, tmp_path):
+    """Protects old files: without the argument in the registry, non-integer data are accepted as they were, warned of."""
+    trained.save(tmp_path / "new")
+    saved = read_model(tmp_path / "new")
+    del saved.registry["setup_args"]["allow_noncounts"]
+    write_model(tmp_path / "old", saved)
+    old = StackModel.load(tmp_path / "old", make_adata(), accelerator="cpu")
+    np.testing.assert_array_equal(old.get_latent_representation(), trained.get_latent_representation())
+    logged = make_adata()
+    logged.X = logged.X.log1p()
+    with pytest.warns(UserWarning, match="non-integer value"):
+        old.get_latent_representation(logged)
+    with pytest.warns(UserWarning, match="non-integer value"):
+        StackModel.load(tmp_path / "old", logged.copy(), accelerator="cpu")
 
 
 def test_integers_stored_as_floats_are_silent(make_adata):

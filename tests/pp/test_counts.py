@@ -94,7 +94,7 @@ def test_layer_is_read_and_nothing_is_written(counts: np.ndarray):
     before = adata.layers["log"].copy()
     np.testing.assert_array_equal(cw.pp.recover_counts(adata, layer="log").toarray(), counts)
     np.testing.assert_array_equal(adata.layers["log"], before)
-    assert list(adata.layers) == ["log"]
+    assert [key for key in adata.layers if key is not None] == ["log"]  # anndata 0.13 lists X as the layer None
     assert not adata.X.any()
 
 

@@ -1,13 +1,22 @@
 """From AnnData to tensors: checks, gene alignment, contexts, loaders."""
 
 from ._fields import CategoryObsField, GroupObsField, MuDataCategoryObsField, MuDataGroupObsField
-from ._genes import align_genes
+from ._genes import align_genes, match_genes
 from ._loader import CellSetDataset, CellSetLoader, gene_shares
 from ._rows import Rows, row_source
 from ._sampler import CellSetSampler, Contexts, draw_contexts
 from ._splitter import CellSetSplitter, split_cells
 from ._store import CellStore, Part, join_parts, open_store
-from ._validate import check_counts, check_groups, check_known, check_names, get_counts, looks_like_counts
+from ._validate import (
+    check_cells,
+    check_counts,
+    check_groups,
+    check_known,
+    check_names,
+    get_counts,
+    looks_like_counts,
+    warn_small_data,
+)
 
 __all__ = [
     "CategoryObsField",
@@ -23,6 +32,7 @@ __all__ = [
     "Part",
     "Rows",
     "align_genes",
+    "check_cells",
     "check_counts",
     "check_groups",
     "check_known",
@@ -32,7 +42,9 @@ __all__ = [
     "get_counts",
     "join_parts",
     "looks_like_counts",
+    "match_genes",
     "open_store",
     "row_source",
     "split_cells",
+    "warn_small_data",
 ]

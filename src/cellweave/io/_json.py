@@ -36,7 +36,7 @@ def _encode(value: Any) -> Any:
             "name": value.index.name,
         }
     if isinstance(value, Mapping):
-        if all(isinstance(key, str) for key in value):
+        if all(isinstance(key, str) and key not in (_ARRAY, _FRAME, _PAIRS) for key in value):
             return {key: _encode(v) for key, v in value.items()}
         return {_PAIRS: [[_encode(key), _encode(v)] for key, v in value.items()]}
     if isinstance(value, list | tuple):

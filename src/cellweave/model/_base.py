@@ -125,7 +125,10 @@ class CellweaveModel(PersistenceMixin, ContextInferenceMixin, ResultsMixin, Trai
         fields = self.registry_[_compat.FIELD_REGISTRIES_KEY]
         modality = fields[REGISTRY_KEYS.X]["data_registry"].get("mod_key")
         if modality not in adata.mod:
-            raise ValueError(f"The model reads modality {modality!r}, but `mdata.mod` has {sorted(adata.mod)}.")
+            raise ValueError(
+                f"The model reads modality {modality!r}, but `mdata.mod` has {sorted(adata.mod)}; give the modality with "
+                "these genes that name."
+            )
         return adata.mod[modality]
 
     def _gene_positions(self, gene_list: Sequence[str] | None) -> NDArray[np.int64]:

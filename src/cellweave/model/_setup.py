@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mudata import MuData
 from scvi.data import AnnDataManager
 from scvi.data.fields import LayerField, MuDataLayerField
 
@@ -16,10 +17,12 @@ from cellweave.data import (
     GroupObsField,
     MuDataCategoryObsField,
     MuDataGroupObsField,
+    check_cells,
     check_counts,
     check_groups,
     check_known,
     check_names,
+    warn_small_data,
 )
 
 __all__ = ["CountsSetupMixin"]
@@ -38,6 +41,7 @@ class CountsSetupMixin:
         batch_key: str | None = None,
         labels_key: str | None = None,
         context_key: str | None = None,
+        allow_noncounts: bool = False,
         **kwargs: Any,
     ) -> None:
         """Register the counts and groups of an AnnData. Everything is checked before anything is written.
@@ -56,6 +60,8 @@ class CountsSetupMixin:
         context_key
             ``obs`` column of the groups (donor, sample, ...) within which contexts are drawn. Contexts mix all cells
             by default.
+        allow_noncounts
+            Accept non-integer values, with a warning, here and in all data that the model meets later.
         **kwargs
             Used by :meth:`load` and when data are transferred.
 
@@ -64,13 +70,13 @@ class CountsSetupMixin:
         KeyError
             If a layer or column does not exist.
         ValueError
-            If counts are NaN, infinite, negative or all zero, gene names repeat, ``adata`` is a view or empty, or a
-            column has missing values.
+            If counts are NaN, infinite, negative, not integers or all zero, gene names repeat, ``adata`` is a view or
+            empty, or a column has missing values.
         """
         setup_method_args = cls._get_setup_method_args(**locals())
         check_names(adata)
         _check_columns(adata, setup_method_args[_compat.SETUP_ARGS_KEY], **kwargs)
-        check_counts(adata, layer)
+        check_counts(adata, layer, _allows_noncounts(allow_noncounts, **kwargs))
         fields = [
             LayerField(REGISTRY_KEYS.X, layer, is_count_data=False),
             CategoryObsField(REGISTRY_KEYS.BATCH, batch_key),
@@ -90,6 +96,7 @@ class CountsSetupMixin:
         labels_key: str | None = None,
         context_key: str | None = None,
         modalities: dict[str, str] | None = None,
+        allow_noncounts: bool = False,
         **kwargs: Any,
     ) -> None:
         """Register the RNA modality of a MuData.
@@ -105,20 +112,23 @@ class CountsSetupMixin:
         modalities
             Modality of each argument, for example ``{"rna_layer": "rna", "batch_key": "rna"}``; ``rna_layer`` is in
             ``"rna"`` by default.
+        allow_noncounts
+            As in :meth:`setup_anndata`.
         **kwargs
             Used by :meth:`load` and when data are transferred.
 
         Raises
         ------
         ValueError
-            If a modality does not exist, and as :meth:`setup_anndata`.
+            If a modality does not exist or has other cells than the MuData, and as :meth:`setup_anndata`.
         """
         setup_method_args = cls._get_setup_method_args(**locals())
         where = cls._create_modalities_attr_dict({"rna_layer": "rna", **(modalities or {})}, setup_method_args)
         rna = _holder(mdata, "rna_layer", where)
         check_names(rna)
         _check_columns(mdata, setup_method_args[_compat.SETUP_ARGS_KEY], **kwargs)
-        check_counts(rna, rna_layer)
+        check_cells(mdata, sorted({name for name in where.values() if name is not None}))
+        check_counts(rna, rna_layer, _allows_noncounts(allow_noncounts, **kwargs))
         fields = [
             MuDataLayerField(REGISTRY_KEYS.X, rna_layer, is_count_data=False, mod_key=where.rna_layer),
             MuDataCategoryObsField(REGISTRY_KEYS.BATCH, batch_key, mod_key=where.batch_key),
@@ -132,7 +142,26 @@ class CountsSetupMixin:
     def _check_new_data(self, adata: AnnOrMuData) -> None:
         arguments = self.registry_[_compat.SETUP_ARGS_KEY]
         _check_columns(adata, arguments, source_registry=self.registry_, **self._transfer_options())
-        check_counts(self._gene_data(adata), arguments.get("layer", arguments.get("rna_layer")))
+        if isinstance(adata, MuData):
+            modalities = arguments.get("modalities") or {}
+            check_cells(adata, sorted({modalities.get("rna_layer", "rna"), *modalities.values()}))
+        layer = arguments.get("layer", arguments.get("rna_layer"))
+        check_counts(self._gene_data(adata), layer, _allows_noncounts(False, self.registry_))
+        self._warn_small_data(adata)
+
+    def _attach(self, adata: AnnOrMuData) -> None:
+        super()._attach(adata)  # type: ignore[misc]
+        self._warn_small_data(adata)
+
+    def _warn_small_data(self, adata: AnnOrMuData) -> None:
+        warn_small_data(adata.n_obs, getattr(self.module, "n_cells", 1))
+
+
+def _allows_noncounts(wanted: bool, source_registry: Mapping[str, Any] | None = None, **_: Any) -> bool:
+    """Whether non-integer values are accepted; models saved before there was a choice accepted them."""
+    if source_registry is None:
+        return wanted
+    return wanted or source_registry[_compat.SETUP_ARGS_KEY].get("allow_noncounts", True)
 
 
 def _holder(data: Any, argument: str, modalities: Mapping[str, str | None]) -> Any:

@@ -7,12 +7,13 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
+from anndata import AnnData
 from numpy.typing import NDArray
 
 from cellweave import _compat
 from cellweave._keys import LOADER_KEYS, REGISTRY_KEYS
 from cellweave._types import AnnOrMuData, ContextRule, Indices
-from cellweave.data import CellSetDataset
+from cellweave.data import CellSetDataset, match_genes
 from cellweave.module import StackModule
 
 from ._base import CellweaveModel
@@ -124,6 +125,8 @@ class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
         )
         self._model_summary_string = "StackModel"
         self.init_params_ = self._get_init_params(locals())
+        if adata is not None:
+            self._warn_small_data(adata)
 
     # ---------------------------------------------------------------- training
 
@@ -237,6 +240,7 @@ class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
         contexts: ContextRule = "random",
         seed: int = 0,
         key_added: str | None = None,
+        overwrite: bool = False,
     ) -> NDArray[np.float32] | tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Embedding of every cell in the context of others.
 
@@ -268,6 +272,8 @@ class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
             Write the embedding to ``adata.obsm[key_added]``, usually ``"X_stack"`` (and its spread to
             ``key_added + "_sd"``), rows not in ``indices`` as NaN, and what produced it to
             ``adata.uns["cellweave"][key_added]``.
+        overwrite
+            Replace what is under ``key_added`` even if no StackModel wrote it.
 
         Returns
         -------
@@ -278,10 +284,13 @@ class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
         RuntimeError
             If the model is not trained.
         ValueError
-            If there is no data, genes do not match, or ``return_spread`` is asked of a single assignment.
+            If there is no data, genes do not match, ``key_added`` is taken, or ``return_spread`` is asked of a single
+            assignment.
         """
         if return_spread and n_context_repeats < 2:
             raise ValueError("`return_spread=True` needs `n_context_repeats` of at least 2.")
+        spread_key = (f"{key_added}_sd",) if return_spread else ()
+        place = self._result_place(adata, "obsm", key_added, *spread_key, overwrite=overwrite)
         n_cells = self.module.n_cells if n_cells is None else n_cells
         with self._registered(adata) as data:
             rows, order = self._rows(data, indices)
@@ -297,13 +306,11 @@ class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
                 n_repeats=n_context_repeats,
                 description="Embedding cells",
             )
-        target = self.adata if adata is None else adata
-        if key_added is not None:
-            target.obsm[key_added] = all_cells(mean, rows, target.n_obs)
-            if return_spread:
-                target.obsm[f"{key_added}_sd"] = all_cells(spread, rows, target.n_obs)
+        if place is not None:
             parameters = {"n_cells": n_cells, "contexts": contexts, "by_context": by_context, "seed": seed}
-            self._record(target, key_added, {**parameters, "n_context_repeats": n_context_repeats})
+            results = zip(place.keys, (mean, spread), strict=False)
+            values = {key: all_cells(result, rows, place.adata.n_obs) for key, result in results}
+            place.write(values, {**parameters, "n_context_repeats": n_context_repeats})
         return (mean[order], spread[order]) if return_spread else mean[order]
 
     def get_normalized_expression(
@@ -318,6 +325,7 @@ class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
         seed: int = 0,
         return_numpy: bool = False,
         key_added: str | None = None,
+        overwrite: bool = False,
     ) -> pd.DataFrame | NDArray[np.float32]:
         """Denoised expression: the expected share of each gene in a cell, times a library size.
 
@@ -344,6 +352,8 @@ class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
         key_added
             Write the result to ``adata.layers[key_added]`` (usually ``"stack_normalized"``); genes the model does not
             know or that were not asked for, and cells not in ``indices``, are NaN.
+        overwrite
+            Replace what is under ``key_added`` even if no StackModel wrote it.
 
         Returns
         -------
@@ -352,12 +362,13 @@ class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
         Raises
         ------
         ValueError
-            If a gene or batch is unknown, or ``library_size`` is not positive.
+            If a gene or batch is unknown, ``library_size`` is not positive, or ``key_added`` is taken.
         """
         genes = self._gene_positions(gene_list)
         if library_size != "observed" and not (isinstance(library_size, int | float) and library_size > 0):
             raise ValueError(f"`library_size` must be positive or 'observed', got {library_size!r}.")
         batch_code = self._batch_code(transform_batch)
+        place = self._result_place(adata, "layers", key_added, overwrite=overwrite)
 
         def compute(batch: dict[str, Any]) -> torch.Tensor:
             z, library = self._encode(batch)  # the encoder sees the batch that was observed
@@ -381,11 +392,11 @@ class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
                 description="Denoising cells",
             )
         target = self.adata if adata is None else adata
-        if key_added is not None:
-            holder = self._gene_data(target)
-            holder.layers[key_added] = all_cells_and_genes(values, rows, self.genes[genes], holder)
+        if place is not None:
+            names = self._names_in(place.holder)[genes]
+            layer = all_cells_and_genes(values, rows, names, place.holder)
             parameters = {"library_size": library_size, "transform_batch": transform_batch, "seed": seed}
-            self._record(target, key_added, {**parameters, "n_context_repeats": n_context_repeats})
+            place.write({place.keys[0]: layer}, {**parameters, "n_context_repeats": n_context_repeats})
         values = values[order]
         return values if return_numpy else pd.DataFrame(values, target.obs_names[rows[order]], self.genes[genes])
 
@@ -432,6 +443,11 @@ class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
 
     def _embed(self, batch: dict[str, Any]) -> torch.Tensor:
         return self._encode(batch)[0].flatten(0, 1)  # (cell, dim)
+
+    def _names_in(self, holder: AnnData) -> NDArray[np.str_]:
+        """Names of the genes of the model in ``holder``, where a version suffix may differ ``(gene,)``."""
+        position = match_genes(holder.var_names.astype(str), pd.Index(self.genes))
+        return np.where(position >= 0, holder.var_names.to_numpy().astype(str)[position], self.genes)
 
     def _batch_code(self, batch: str | None) -> int | None:
         if batch is None:

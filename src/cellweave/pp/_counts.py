@@ -60,11 +60,15 @@ def recover_counts(data: AnnData | Any, layer: str | None = None, tolerance: flo
         return _recover.recover_counts(data, tolerance=tolerance).counts
     values = data.X if layer is None else _layer(data, layer)
     if values is None:
-        raise ValueError(f"adata.X is empty; choose a layer among {sorted(data.layers)}.")
+        raise ValueError(f"adata.X is empty; choose a layer among {_names(data)}.")
     return _recover.recover_counts(values, tolerance=tolerance, cell_names=list(data.obs_names)).counts
 
 
 def _layer(adata: AnnData, layer: str) -> Any:
     if layer not in adata.layers:
-        raise KeyError(f"Layer '{layer}' is not in adata.layers; it has {sorted(adata.layers)}.")
+        raise KeyError(f"Layer '{layer}' is not in adata.layers; it has {_names(adata)}.")
     return adata.layers[layer]
+
+
+def _names(adata: AnnData) -> list[str]:
+    return sorted(key for key in adata.layers if key is not None)  # anndata 0.13 lists `X` as the layer None
