@@ -1,7 +1,6 @@
 """Damaged, killed, forged and foreign model files, one row per fault of the table, for every model family.
 
-Each row ends in one sentence that names the file, and never in another model, a wrong number or code that runs. A new
-family joins by one line in FAMILIES.
+Each row ends in one sentence that names the file, and never in another model, a wrong number or code that runs.
 """
 
 from __future__ import annotations
@@ -19,52 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import pytest
-import scvi
 import torch
 from anndata import AnnData
 
 from cellweave.io import ModelFileError, SavedModel, inspect_model, read_model
 from cellweave.io import _model_files as files
-from cellweave.model import StackModel
-
-# ---------------------------------------------------------------- families (the same as in test_input_faults.py)
-
-
-class Family(NamedTuple):
-    """How to build, train and ask a model."""
-
-    model: type
-    arguments: dict[str, Any]
-    training: dict[str, Any]
-
-    def fit(self, adata: AnnData, **setup: Any) -> Any:
-        scvi.settings.seed = 0
-        self.model.setup_anndata(adata, **{"batch_key": "batch", "labels_key": "cell_type", **setup})
-        model = self.model(adata, **self.arguments)
-        model.train(accelerator="cpu", enable_progress_bar=False, **self.training)
-        return model
-
-
-TINY = {"n_hidden": 4, "token_dim": 4, "n_layers": 1, "n_heads": 2, "n_cells": 16, "n_proj": 4}
-FAMILIES = {
-    "stack": Family(StackModel, TINY, {"max_epochs": 1, "batch_size": 32}),
-}
-
-
-class Fitted(NamedTuple):
-    """A model of a family trained on clean data, and its embedding of them."""
-
-    family: Family
-    model: Any
-    z: np.ndarray
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def fitted(request, make_adata) -> Fitted:
-    family = FAMILIES[request.param]
-    model = family.fit(make_adata())
-    return Fitted(family, model, model.get_latent_representation())
-
 
 # ---------------------------------------------------------------- saved models
 
@@ -72,7 +30,7 @@ def fitted(request, make_adata) -> Fitted:
 class Saved(NamedTuple):
     """A saved model of a family."""
 
-    fitted: Fitted
+    fitted: Any  # the family, its trained model and its embedding; see conftest.py
     path: Any
 
     def load(self, adata: AnnData | None = None) -> Any:

@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 # Neighbouring rows of data on disk that are read in one go: runs of this length are about as fast as longer ones.
 _BLOCK_SIZE = 512
-_INT32 = 2**31
 
 
 class CellSetDataset(Dataset):
@@ -93,7 +92,7 @@ class CellSetDataset(Dataset):
         if not self.load_sparse_tensor:
             return torch.from_numpy(dense_rows(x, rows))
         x = x[rows].astype(np.float32, copy=False)
-        index = np.int32 if x.nnz < _INT32 else np.int64
+        index = np.result_type(x.indptr, x.indices)  # torch wants one type for both
         indptr, indices = (torch.from_numpy(a.astype(index, copy=False)) for a in (x.indptr, x.indices))
         return torch.sparse_csr_tensor(indptr, indices, torch.from_numpy(x.data), size=x.shape, check_invariants=False)
 
