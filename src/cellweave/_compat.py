@@ -21,6 +21,7 @@ from scvi.data._constants import (
 )
 from scvi.data.fields._mudata import MuDataWrapper
 from scvi.model._utils import use_distributed_sampler
+from scvi.train._logger import SimpleLogger
 
 __all__ = [
     "FIELD_REGISTRIES_KEY",
@@ -29,5 +30,6 @@ __all__ = [
     "SETUP_METHOD_NAME",
     "STATE_REGISTRY_KEY",
     "MuDataWrapper",
+    "SimpleLogger",
     "use_distributed_sampler",
 ]
