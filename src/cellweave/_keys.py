@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-__all__ = ["LOADER_KEYS", "OUTPUT_KEYS", "REGISTRY_KEYS"]
+__all__ = ["LOADER_KEYS", "OUTPUT_KEYS", "REGISTRY_KEYS", "STEP_KEYS"]
 
 
 class _RegistryKeys(NamedTuple):
@@ -26,6 +26,16 @@ class _LoaderKeys(NamedTuple):
     MASK_GENES: str = "mask_genes"  # int64 (masked gene,): fixes the masked genes instead of drawing them
 
 
+class _StepKeys(NamedTuple):
+    """Keys that the training plan adds to a batch, so that a step means the same on any number of processes."""
+
+    SEED: str = "seed"  # int64 () on the CPU: seed of the draws of this step, the same in all processes
+    # only where several processes share a step:
+    POSITION: str = "position"  # int64 (context,) on the CPU: place of each context among those of all processes
+    CELLS_PER_PROCESS: str = "cells_per_process"  # float (): valid cells of the step, averaged over processes
+    CONTEXTS_PER_PROCESS: str = "contexts_per_process"  # float (): contexts with a valid cell, averaged likewise
+
+
 class _OutputKeys(NamedTuple):
     """Places in the user's AnnData that every model writes to."""
 
@@ -34,4 +44,5 @@ class _OutputKeys(NamedTuple):
 
 REGISTRY_KEYS: Final = _RegistryKeys()
 LOADER_KEYS: Final = _LoaderKeys()
+STEP_KEYS: Final = _StepKeys()
 OUTPUT_KEYS: Final = _OutputKeys()

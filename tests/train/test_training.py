@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from cellweave.model import StackModel
 from cellweave.module import StackModule
+from cellweave.train import CheckpointError
 
 TERMS = {
     "train_loss",
@@ -24,6 +25,7 @@ TERMS = {
     "sw_loss_validation",
     "masked_mae_validation",
     "masked_corr_validation",
+    "lr",
 }
 
 
@@ -106,7 +108,7 @@ def test_no_validation_cells_no_validation_terms(create, quick):
     """Protects `train_size=1`: training works and logs its own terms only."""
     model = create()
     model.train(**quick, train_size=1.0)
-    assert set(model.history) == {name for name in TERMS if name.endswith("_train") or name == "train_loss"}
+    assert set(model.history) == {name for name in TERMS if name.endswith("_train") or name in ("train_loss", "lr")}
     assert len(model.validation_indices) == 0
 
 
@@ -256,10 +258,10 @@ def test_resumed_run_equals_the_uninterrupted_one(create, quick, tmp_path):
     with torch.no_grad():
         for parameter in resumed.module.parameters():
             parameter.normal_()
-    resumed.train(**options, ckpt_path=tmp_path / "epoch=1.ckpt")
+    resumed.train(**options, resume=tmp_path / "epoch=1.ckpt")
     assert _equal(_weights(whole), _weights(resumed))
     for name, frame in resumed.history.items():
-        pd.testing.assert_frame_equal(frame, whole.history[name].loc[2:])
+        pd.testing.assert_frame_equal(frame, whole.history[name])
 
 
 def test_interrupted_run_can_be_resumed(create, quick, tmp_path):
@@ -277,7 +279,7 @@ def test_interrupted_run_can_be_resumed(create, quick, tmp_path):
     with pytest.raises(ZeroDivisionError):
         stopped.train(**options, callbacks=[ModelCheckpoint(tmp_path, filename="last"), Interrupt()])
     resumed = create()
-    resumed.train(**options, ckpt_path=tmp_path / "last.ckpt")
+    resumed.train(**options, resume=tmp_path / "last.ckpt")
     assert _equal(_weights(whole), _weights(resumed))
 
 
@@ -289,8 +291,8 @@ def test_checkpoint_that_would_run_code_is_refused(create, quick, tmp_path):
             return (tmp_path.joinpath("executed").touch, ())
 
     torch.save({"state_dict": Payload()}, tmp_path / "bad.ckpt")
-    with pytest.raises(Exception, match="(?i)weights.only"):
-        create().train(**quick, ckpt_path=tmp_path / "bad.ckpt")
+    with pytest.raises(CheckpointError, match="`weights_only=True`, so it is damaged or not a checkpoint of cellweave"):
+        create().train(**quick, resume=tmp_path / "bad.ckpt")
     assert not (tmp_path / "executed").exists()
 
 

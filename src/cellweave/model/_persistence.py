@@ -9,6 +9,7 @@ from typing import Any, NoReturn, Self
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from scvi.data import AnnDataManager
 from torch import Tensor
 
@@ -29,8 +30,8 @@ class PersistenceMixin:
         """Save the model to a directory; it appears complete or not at all.
 
         Weights (safetensors), constructor arguments, the registry with the gene names, history and the rows of the
-        data split are written with a checksum of every file. Optimiser state is not; use a checkpoint callback and
-        ``train(ckpt_path=...)`` to resume training.
+        data split are written with a checksum of every file. Optimiser state is not; use ``train(checkpoint_dir=...)``
+        to be able to resume training. Of processes that trained together only the first one writes.
 
         Parameters
         ----------
@@ -52,6 +53,8 @@ class PersistenceMixin:
         """
         if save_anndata:
             raise ValueError("`save_anndata=True` is not supported; write the data with `adata.write_h5ad(path)`.")
+        if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+            return
         config = {
             "model": type(self).__name__,
             "init_params": self.init_params_,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -147,7 +148,9 @@ class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
         gradient_clip_val: float = 1.0,
         precision: str = "32-true",
         compile: bool = False,
-        ckpt_path: str | None = None,
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_minutes: float = 15.0,
+        resume: Literal["auto"] | str | Path | None = None,
         plan_kwargs: dict[str, Any] | None = None,
         datasplitter_kwargs: dict[str, Any] | None = None,
         **trainer_kwargs: Any,
@@ -183,10 +186,17 @@ class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
             ``"bf16-mixed"`` computes in bfloat16 where that is safe; likelihoods stay in float32.
         compile
             Compile the module with :func:`torch.compile`; pays off in long runs only.
-        ckpt_path
-            Lightning checkpoint of the end of an epoch (by a :class:`lightning.pytorch.callbacks.ModelCheckpoint` given
-            in ``callbacks``) to continue from. With the same ``scvi.settings.seed``, data and arguments, ``max_epochs``
-            included, the weights end bit-equal to those of an uninterrupted run.
+        checkpoint_dir
+            Directory for checkpoints; needs ``scvi.settings.seed``. A checkpoint is written every
+            ``checkpoint_minutes``, when SIGTERM or Ctrl-C ends the run (after the running step), and at the end; the
+            last two are kept.
+        checkpoint_minutes
+            Time between checkpoints.
+        resume
+            ``"auto"`` continues the newest usable checkpoint of ``checkpoint_dir`` and starts fresh when there is none;
+            a path continues that checkpoint, ours or one of a :class:`lightning.pytorch.callbacks.ModelCheckpoint`.
+            With the same data and arguments the weights and :attr:`history` end bit-equal (on CPU) to those of a run
+            that was never interrupted; a checkpoint of another run is refused.
         plan_kwargs
             Further arguments of :class:`~cellweave.train.CellweaveTrainingPlan`.
         datasplitter_kwargs
@@ -198,15 +208,19 @@ class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
         Raises
         ------
         ValueError
-            If the split leaves no training cells, or options contradict each other.
+            If the split leaves no training cells, options contradict each other, or a checkpoint cannot be used.
         RuntimeError
-            If the loss stops being finite.
+            If the loss stops being finite; the weights are those before the step.
+        KeyboardInterrupt, SystemExit
+            After Ctrl-C, and (with status 143) after SIGTERM. Weights, history and split are kept;
+            :attr:`is_trained` tells whether any run has come to its end.
         """
         splitter = {"n_cells": self.module.n_cells, "split_by": split_by, **(datasplitter_kwargs or {})}
         plan = {"lr": lr, "weight_decay": weight_decay, "warmup_steps": warmup_steps, "compile": compile}
         trainer = {"gradient_clip_val": gradient_clip_val, "precision": precision, **trainer_kwargs}
-        if ckpt_path is not None:
-            trainer["ckpt_path"] = ckpt_path
+        if "ckpt_path" in trainer:
+            raise TypeError("`ckpt_path` is now `resume`, which takes the same path.")
+        trainer |= {"checkpoint_dir": checkpoint_dir, "checkpoint_minutes": checkpoint_minutes, "resume": resume}
         self._fit(
             self._default_epochs(batch_size) if max_epochs is None else max_epochs,
             splitter=splitter,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +14,13 @@ from scvi.model.base import UnsupervisedTrainingMixin
 
 from cellweave import _compat
 from cellweave.data import CellSetSplitter
-from cellweave.train import CellweaveTrainingPlan, CellweaveTrainRunner, with_history
+from cellweave.train import (
+    CellweaveTrainingPlan,
+    CellweaveTrainRunner,
+    quiet_lightning,
+    wants_progress_bar,
+    with_history,
+)
 
 __all__ = ["TrainingMixin"]
 
@@ -41,17 +48,19 @@ class TrainingMixin(UnsupervisedTrainingMixin):
         if self.adata is None:
             raise ValueError("This model has no data to train on; load it with `adata=` or create it from an AnnData.")
         trainer = {**trainer, "callbacks": list(trainer.get("callbacks") or [])}  # scvi-tools appends to the list
-        trainer["logger"] = with_history(trainer.get("logger"), trainer.get("default_root_dir"))
+        if "log_save_dir" not in trainer or trainer.get("logger") is not None:
+            trainer["logger"] = with_history(trainer.get("logger"), trainer.get("default_root_dir"))
         has_validation = _has_validation(options.get("train_size"), options.get("validation_size"))
         if has_validation:
             trainer.setdefault("check_val_every_n_epoch", 1)
         trainer.setdefault("early_stopping_monitor", "validation_loss")
+        trainer.setdefault("enable_progress_bar", wants_progress_bar())
         if options.get("early_stopping"):
             if not has_validation:
                 raise ValueError("`early_stopping=True` needs validation cells; set `validation_size` above 0.")
             options["early_stopping"] = self._early_stopping(trainer)
         self._validate_anndata(self.adata)  # replays our registration if the data were set up for another model since
-        with _fork_random_state():
+        with _fork_random_state(), quiet_lightning():
             try:
                 super().train(
                     max_epochs=max_epochs,
@@ -62,18 +71,53 @@ class TrainingMixin(UnsupervisedTrainingMixin):
                 )
             finally:
                 self.module.float()  # `precision="64-true"` and the like leave other dtypes behind
-        history: Any = getattr(self, "history_", None)
-        if isinstance(history, dict):  # the logger of scvi-tools collects objects
-            self.history_ = {name: frame.astype(float) for name, frame in history.items()}
+
+    def _run_fingerprint(self, runner: CellweaveTrainRunner) -> dict[str, str]:
+        """What a checkpoint must agree in so that continuing it gives the same weights as never having stopped."""
+        trainer, plan, splitter = runner.trainer, runner.training_plan, runner.data_splitter
+        contexts = dict(getattr(splitter, "data_loader_kwargs", {}))
+        per_process = max(1, contexts.get("batch_size", 0) // contexts.get("n_cells", 1))
+        splits = [getattr(splitter, name, None) for name in ("train_idx", "val_idx", "test_idx")]
+        facts: dict[str, Any] = {
+            "model": type(self).__name__,
+            **{f"`{name}` of the model": value for name, value in self._constructor_arguments().items()},
+            "number of cells": None if self.adata is None else self.adata.n_obs,
+            "cell names": None if self.adata is None else _digest(self.adata.obs_names.astype(str)),
+            "genes": _digest(self.genes),
+            "seed": plan.seed,
+            "split of the cells": _digest(np.asarray(rows).tobytes().hex() for rows in splits if rows is not None),
+            "max_epochs": trainer.max_epochs,
+            "contexts per step": per_process * trainer.world_size,
+            **{f"`{name}` of the contexts": contexts.get(name) for name in ("n_cells", "by_context", "rule")},
+            **{name: getattr(plan, name, None) for name in ("lr", "weight_decay", "betas", "eps")},
+            **{name: getattr(plan, name, None) for name in ("warmup_steps", "schedule")},
+            "gradient_clip_val": trainer.gradient_clip_val,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "precision": trainer.precision,
+        }
+        return {name: str(fact) for name, fact in facts.items()}
 
     @staticmethod
     def _early_stopping(trainer: dict[str, Any]) -> bool:
         """Whether scvi-tools shall add early stopping; it refuses under DDP, where we add the callback ourselves."""
         if not _compat.use_distributed_sampler(trainer.get("strategy")):
             return True
-        patience = trainer.get("early_stopping_patience", 45)
-        trainer["callbacks"].append(EarlyStopping(trainer["early_stopping_monitor"], patience=patience))
+        trainer["callbacks"].append(
+            EarlyStopping(
+                trainer["early_stopping_monitor"],
+                patience=trainer.get("early_stopping_patience", 45),
+                min_delta=trainer.get("early_stopping_min_delta", 0.0),
+                mode=trainer.get("early_stopping_mode", "min"),
+            )
+        )
         return False
+
+
+def _digest(lines: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(str(line).encode() + b"\n")
+    return digest.hexdigest()[:12]
 
 
 def _has_validation(train_size: float | None, validation_size: float | None) -> bool:

@@ -10,13 +10,16 @@ from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from cellweave._keys import LOADER_KEYS, REGISTRY_KEYS
+from cellweave._keys import LOADER_KEYS, REGISTRY_KEYS, STEP_KEYS
 from cellweave.nn import TabularAttentionLayer
 from cellweave.objective import (
     MaskedNegativeBinomial,
     SlicedWasserstein,
     masked_correlation,
     masked_mae,
+    shared_mean,
+    step_generator,
+    step_outputs,
 )
 
 __all__ = ["BatchCondition", "StackModule", "sample_gene_mask"]
@@ -25,6 +28,9 @@ BatchCondition = Literal["none", "decoder", "both"]
 
 # Library size to which the input is scaled when `normalize_input` is on: the usual counts per ten thousand.
 _INPUT_SCALE = 1e4
+
+# Streams of the random draws of a step.
+_MASK, _LOSS = 0, 1
 
 
 @torch.compiler.disable  # draws stay eager, so that a seed means the same with and without compilation
@@ -208,8 +214,8 @@ class StackModule(BaseModuleClass):
             hidden = hidden + self.decoder_batch(batch_index.flatten())
         hidden = dropout(activation(hidden))  # (cell, 2 * dim)
         # rows of the last layer alternate: scale logit and dispersion of gene 0, of gene 1, ...
-        weight = last.get_parameter("weight").view(self.n_genes, 2, -1)
-        bias = last.get_parameter("bias").view(self.n_genes, 2)
+        last = cast("nn.Linear", last)  # plain attributes: under FSDP they are views, which `get_parameter` refuses
+        weight, bias = last.weight.view(self.n_genes, 2, -1), last.bias.view(self.n_genes, 2)
         log_scale = _full_precision(F.linear(hidden, weight[:, 0], bias[:, 0])).log_softmax(-1)
         if genes is not None:
             log_scale, weight, bias = log_scale[:, genes], weight[genes], bias[genes]
@@ -252,7 +258,8 @@ class StackModule(BaseModuleClass):
         x = tensors[REGISTRY_KEYS.X]
         mask_genes = tensors.get(LOADER_KEYS.MASK_GENES)
         if mask_genes is None:
-            mask_genes = sample_gene_mask(self.n_genes, self.mask_rate_min, self.mask_rate_max)
+            generator = step_generator(tensors, _MASK)
+            mask_genes = sample_gene_mask(self.n_genes, self.mask_rate_min, self.mask_rate_max, generator)
         return {
             "x": x,
             "n_cells": tensors.get(LOADER_KEYS.N_CELLS, x.shape[0]),
@@ -298,11 +305,13 @@ class StackModule(BaseModuleClass):
         valid = tensors.get(LOADER_KEYS.VALID)
         valid = px_rate.new_ones(len(px_rate)) if valid is None else valid.to(px_rate)
         outputs = {**generative_outputs, "z": inference_outputs["z"], "target": target, "valid": valid}
-        terms = {objective.name: objective(outputs) for objective in self.objectives}
+        outputs.update(step_outputs(tensors))
+        generator = step_generator(tensors, _LOSS)
+        terms = {objective.name: objective(outputs, generator) for objective in self.objectives}
         loss = torch.stack([o.weight * terms[o.name] for o in self.objectives]).sum()
         if not self.training:
             for name, per_cell in (("masked_mae", masked_mae), ("masked_corr", masked_correlation)):
-                terms[name] = (per_cell(target, px_rate) * valid).sum() / valid.sum().clamp(min=1)
+                terms[name] = shared_mean(per_cell(target, px_rate), valid, tensors.get(STEP_KEYS.CELLS_PER_PROCESS))
         return LossOutput(
             loss=loss,
             n_obs_minibatch=tensors.get(LOADER_KEYS.N_VALID, len(px_rate)),

@@ -13,7 +13,9 @@ class Objective(ABC):
     """One term of a training loss.
 
     A module hands every objective the same mapping of its outputs; an objective takes what it ``requires`` and returns
-    a scalar. Any model whose outputs hold the required tensors may use it.
+    a scalar. Any model whose outputs hold the required tensors may use it. Where processes share a step, the average of
+    their values must be the value of one process that sees the whole step: means go through ``shared_mean``, draws that
+    concern one context through ``normal_per_context``.
 
     Parameters
     ----------

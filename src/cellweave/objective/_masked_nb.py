@@ -6,7 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
+from cellweave._keys import STEP_KEYS
+
 from ._base import Objective
+from ._shared import shared_mean
 
 __all__ = ["MaskedNegativeBinomial", "negative_binomial_nll"]
 
@@ -64,4 +67,4 @@ class MaskedNegativeBinomial(Objective):
             return outputs["px_rate"].sum()  # an empty sum: zero, and still part of the graph
         # likelihoods stay in float32 under autocast: log-gamma differences lose all digits in bfloat16
         nll = negative_binomial_nll(target, outputs["px_rate"], outputs["px_r"])
-        return (nll * valid).sum() / (valid.sum().clamp(min=1) * target.shape[1])
+        return shared_mean(nll, valid, outputs.get(STEP_KEYS.CELLS_PER_PROCESS)) / target.shape[1]

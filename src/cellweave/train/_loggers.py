@@ -77,20 +77,21 @@ class HistoryLogger(Logger):
 
 def with_history(
     logger: Logger | Iterable[Logger] | bool | None, save_dir: str | os.PathLike[str] | None = None
-) -> list[Logger] | None:
+) -> list[Logger]:
     """The user's loggers behind one that fills the history of the model.
 
     Parameters
     ----------
     logger
         The ``logger`` argument of ``train``: one Lightning logger, several, ``True`` for Lightning's own choice,
-        ``False`` for none.
+        ``False`` or None for none.
     save_dir
         Directory of Lightning's own choice; ``scvi.settings.logging_dir`` by default.
 
     Returns
     -------
-    Loggers for the trainer; None for None, which lets scvi-tools choose its own.
+    Loggers for the trainer. Its first one writes no files, unlike that of scvi-tools, which leaves a pickle in the working
+    directory when several processes train.
 
     Raises
     ------
@@ -105,9 +106,7 @@ def with_history(
             "`scvi.settings.mlflow_set_tracking_uri` reports settings that only models of scvi-tools have; set it to '' "
             "and pass `logger=MLFlowLogger(experiment_name, tracking_uri=...)` to `train`."
         )
-    if logger is None:
-        return None
-    if isinstance(logger, bool):
+    if logger is None or isinstance(logger, bool):
         loggers = [_default_logger(os.fspath(save_dir or settings.logging_dir))] if logger else []
     else:
         loggers = [logger] if isinstance(logger, Logger) else list(logger)
