@@ -3,19 +3,19 @@
 from ._fields import CategoryObsField, GroupObsField, MuDataCategoryObsField, MuDataGroupObsField
 from ._genes import align_genes
 from ._loader import CellSetDataset, CellSetLoader, gene_shares
-from ._rows import Rows, row_source
+from ._rows import Rows, as_csr, row_source
 from ._sampler import CellSetSampler, Contexts, draw_contexts
 from ._splitter import CellSetSplitter, split_cells
 from ._store import CellStore, Part, join_parts, open_store
 from ._validate import check_counts, check_groups, check_known, check_names, get_counts, looks_like_counts
 
+# `CellStore` is public as `cellweave.io.CellStore`; a class can have one place in the API reference only.
 __all__ = [
     "CategoryObsField",
     "CellSetDataset",
     "CellSetLoader",
     "CellSetSampler",
     "CellSetSplitter",
-    "CellStore",
     "Contexts",
     "GroupObsField",
     "MuDataCategoryObsField",
@@ -23,6 +23,7 @@ __all__ = [
     "Part",
     "Rows",
     "align_genes",
+    "as_csr",
     "check_counts",
     "check_groups",
     "check_known",
