@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cellweave._keys import LOADER_KEYS
-from cellweave.data import CellSetSplitter, split_cells
+from cellweave.data import CellSetSplitter, open_store, split_cells
 from cellweave.model import StackModel
 
 SHARES = st.sampled_from([0.05, 0.1, 0.25, 0.5, 0.75, 0.8, 0.9, 1.0])
@@ -40,6 +40,61 @@ def test_every_cell_is_in_exactly_one_part(groups, train_size, validation_size, 
     if by_group:
         sets = [set(groups[part]) for part in parts]
         assert sum(map(len, sets)) == len(set(groups))
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=120).map(np.array),
+    SHARES,
+    SHARES,
+    st.integers(1, 20),
+    st.booleans(),
+)
+def test_blocks_stay_whole(groups, train_size, validation_size, block_size, is_sorted):
+    """Protects long reads of each part: neighbouring cells of a group are in the same part, and no cell is lost."""
+    groups = np.sort(groups) if is_sorted else groups
+    sizes = train_size, min(validation_size, 1 - train_size)
+    parts = split_cells(groups, *sizes, np.random.default_rng(0), block_size=block_size)
+    np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(len(groups)))
+    part_of = np.empty(len(groups), dtype=int)
+    for number, part in enumerate(parts):
+        part_of[part] = number
+    for group in set(groups):
+        members = np.flatnonzero(groups == group)
+        for start in range(0, len(members), block_size):
+            assert len(set(part_of[members[start : start + block_size]])) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "is_whole"),
+    [
+        ({}, False),
+        ({"block_size": 5}, True),
+        ({"block_size": 5, "buffer_size": 90}, False),
+        ({"block_size": None}, False),
+    ],
+)
+def test_the_split_is_by_blocks_when_reading_is(manager, options, is_whole):
+    """Protects equal splits of memory and disk: the split follows `block_size`, and cells that fit into a buffer are free."""
+    splitter = _splitter(manager, by_context=False, train_size=0.5, **{"buffer_size": 20, **options})
+    part = np.zeros(90, dtype=int)
+    part[splitter.val_idx] = 1
+    assert bool((part.reshape(18, 5) == part.reshape(18, 5)[:, :1]).all()) == is_whole
+    assert abs(splitter.n_train - 45) <= 5
+
+
+def test_files_are_split_by_blocks(make_adata, tmp_path, monkeypatch):
+    """Protects the defaults: a file with more cells than a buffer is split by blocks of its own, memory by cell."""
+    monkeypatch.setattr("cellweave.data._loader._BLOCK_SIZE", 5)
+    adata = make_adata(n_cells=90)
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    wholes = []
+    for data in (adata, open_store(tmp_path / "a.h5ad")):
+        StackModel.setup_anndata(data)
+        manager = StackModel._get_most_recent_anndata_manager(data, required=True)
+        part = np.zeros(90, dtype=int)
+        part[_splitter(manager, train_size=0.5, buffer_size=20).val_idx] = 1
+        wholes.append(bool((part.reshape(18, 5) == part.reshape(18, 5)[:, :1]).all()))
+    assert wholes == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ N_ROWS = 50
 LATER = {
     7: "no family reads log or asinh values yet",
     19: "anndata itself refuses COO matrices",
-    36: "the readers of chunks come with the out-of-core store",
     42: "marker tables come with the marker-guided family",
     43: "perturbation labels come with the flow family",
     44: "perturbation labels come with the flow family",

@@ -82,7 +82,11 @@ def _saved(weights, texts, rows) -> SavedModel:
     categories = np.array(texts, dtype=object)
     return SavedModel(
         weights=weights,
-        config={"model": "M", "init_params": {"non_kwargs": dict.fromkeys(texts, 1.5)}, "is_trained": True},
+        config={
+            "model": "M",
+            "init_params": {"non_kwargs": dict.fromkeys(texts, 1.5), "kwargs": {}},
+            "is_trained": True,
+        },
         registry={"mapping": categories},
         history=None,
         indices={"train_indices": np.array(rows, dtype=np.int64)},

@@ -3,7 +3,7 @@
 from ._fields import CategoryObsField, GroupObsField, MuDataCategoryObsField, MuDataGroupObsField
 from ._genes import align_genes, match_genes
 from ._loader import CellSetDataset, CellSetLoader, gene_shares
-from ._rows import Rows, row_source
+from ._rows import Rows, as_csr, row_source
 from ._sampler import CellSetSampler, Contexts, draw_contexts
 from ._splitter import CellSetSplitter, split_cells
 from ._store import CellStore, Part, join_parts, open_store
@@ -18,13 +18,13 @@ from ._validate import (
     warn_small_data,
 )
 
+# `CellStore` is public as `cellweave.io.CellStore`; a class can have one place in the API reference only.
 __all__ = [
     "CategoryObsField",
     "CellSetDataset",
     "CellSetLoader",
     "CellSetSampler",
     "CellSetSplitter",
-    "CellStore",
     "Contexts",
     "GroupObsField",
     "MuDataCategoryObsField",
@@ -32,6 +32,7 @@ __all__ = [
     "Part",
     "Rows",
     "align_genes",
+    "as_csr",
     "check_cells",
     "check_counts",
     "check_groups",

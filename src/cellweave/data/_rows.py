@@ -15,12 +15,14 @@ from scvi import settings
 
 from ._genes import _take_columns as take_columns
 
-__all__ = ["DiskRows", "MemoryRows", "Rows", "StackedRows", "is_on_disk", "row_source", "stack"]
+__all__ = ["DiskRows", "MemoryRows", "Rows", "StackedRows", "as_csr", "is_on_disk", "row_source", "stack"]
 
 # A gap of at most this many unwanted rows is read through: one longer read costs less than two.
 _GAP = 16
 # Rows of a whole-matrix pass that are in memory at a time.
 _CHUNK = 8192
+# What HDF5 and the codecs of zarr raise.
+_READ_ERRORS = (OSError, RuntimeError, ValueError, KeyError)
 _slow_files: set[str] = set()
 
 
@@ -40,7 +42,7 @@ class Rows(ABC):
         """Sorted unique rows, in as few reads as their gaps allow."""
         if len(rows) == 0:
             return self.read(0, 0)
-        runs = np.split(rows, np.flatnonzero(np.diff(rows) > _GAP) + 1)
+        runs = np.split(rows, np.flatnonzero(np.diff(rows) > _GAP + 1) + 1)
         block = self._read_runs([(int(run[0]), int(run[-1]) + 1) for run in runs])
         if block.shape[0] == len(rows):
             return block
@@ -67,6 +69,7 @@ class Rows(ABC):
             block = self.read(start, max(start, stop))
         else:
             wanted = np.arange(self.shape[0])[np.ravel(rows) if isinstance(rows, np.ndarray) else rows]
+            wanted = np.atleast_1d(wanted)
             unique, inverse = np.unique(wanted, return_inverse=True)
             block = self.take(unique)[inverse]
         if isinstance(columns, slice) and columns == slice(None):
@@ -80,11 +83,7 @@ class MemoryRows(Rows):
     on_disk = False
 
     def __init__(self, x: Any) -> None:
-        if sp.issparse(x):
-            x = sp.csr_matrix(x)
-            if not x.has_canonical_format:
-                x = x.copy()
-                x.sum_duplicates()
+        x = _canonical(x) if sp.issparse(x) else x
         self.x, self.shape, self.dtype = x, x.shape, x.dtype
 
     def read(self, start: int, stop: int) -> sp.csr_matrix | NDArray:
@@ -109,7 +108,7 @@ class DiskRows(Rows):
     Raises
     ------
     OSError
-        If parts of a zarr array are missing.
+        If parts of a sparse matrix are missing or damaged.
     """
 
     def __init__(self, data: Any, name: str) -> None:
@@ -122,9 +121,9 @@ class DiskRows(Rows):
             self.arrays = (data["data"], data["indices"])
             n_cells, n_genes = data.attrs["shape"]
             self.shape, self.dtype = (int(n_cells), int(n_genes)), np.dtype(data["data"].dtype)
-            self.indptr = np.asarray(data["indptr"][:], dtype=np.int64)
-        for array in self.arrays:
-            _check_complete(array, name)
+            self.indptr = self._read_indptr(data["indptr"])
+            for array in self.arrays:
+                _check_complete(array, name)
         if any(getattr(array, "compression", None) == "gzip" for array in self.arrays) and name not in _slow_files:
             _slow_files.add(name)
             warnings.warn(
@@ -143,35 +142,66 @@ class DiskRows(Rows):
             return self._read_into(self.arrays[0], runs, runs)
         entries = [(int(self.indptr[start]), int(self.indptr[stop])) for start, stop in runs]
         data, indices = (self._read_into(array, entries, runs) for array in self.arrays)
-        per_cell = np.concatenate([np.diff(self.indptr[start : stop + 1]) for start, stop in runs])
-        return _csr(data, indices, np.concatenate([[0], np.cumsum(per_cell)]), self.shape[1])
+        # compiled loops trust the indices: one beyond the genes would write outside of their array
+        if len(indices) and not (indices.min() >= 0 and indices.max() < self.shape[1]):
+            raise self._damaged(runs[0][0], runs[-1][1], f"gene {indices.max()} of {self.shape[1]}")
+        indptr = np.concatenate([[0], *(np.diff(self.indptr[start : stop + 1]) for start, stop in runs)]).cumsum()
+        x = sp.csr_matrix((data, indices, indptr), shape=(len(indptr) - 1, self.shape[1]))
+        if not (x.has_canonical_format and data.all()):  # repeated genes or zeros: rare, or a chunk that has vanished
+            for array in self.arrays:
+                _check_complete(array, self.name)
+        x.sum_duplicates()
+        return x
 
     def _read_into(self, array: Any, where: Sequence[tuple[int, int]], runs: Sequence[tuple[int, int]]) -> NDArray:
         """Ranges of an array one after the other in one new array: nothing is copied a second time."""
         out = np.empty((sum(stop - start for start, stop in where), *array.shape[1:]), dtype=array.dtype)
         at = 0
-        for (start, stop), (first, last) in zip(where, runs, strict=True):
+        for (start, stop), cells in zip(where, runs, strict=True):
             try:
                 out[at : at + stop - start] = array[start:stop]
-            except (OSError, RuntimeError, ValueError, KeyError) as error:  # HDF5, and the codecs of zarr
-                raise OSError(
-                    f"Cells {first} to {last - 1} of {self.name} cannot be read ({error}); restore the file from a copy."
-                ) from error
+            except _READ_ERRORS as error:
+                raise self._damaged(*cells, str(error)) from error
             at += stop - start
         return out
+
+    def _read_indptr(self, array: Any) -> NDArray[np.int64]:
+        n_entries = {int(values.shape[0]) for values in self.arrays}
+        try:
+            indptr = np.asarray(array[:], dtype=np.int64)
+        except _READ_ERRORS as error:
+            raise self._damaged(0, self.shape[0], str(error)) from error
+        if any(n_entries):
+            _check_complete(array, self.name)
+        is_valid = len(indptr) == self.shape[0] + 1 and indptr[0] == 0 and bool(np.all(np.diff(indptr) >= 0))
+        if not is_valid or n_entries != {int(indptr[-1])}:
+            raise self._damaged(0, self.shape[0], "`indptr` does not fit to `data` and `indices`")
+        return indptr
+
+    def _damaged(self, start: int, stop: int, reason: str) -> OSError:
+        return OSError(
+            f"Cells {start} to {stop - 1} of {self.name} cannot be read ({reason}); restore the file from a copy."
+        )
 
 
 class _SlicedRows(Rows):
     """Anything else that is sliced by rows: dask arrays (computed on access) and CSC matrices on disk."""
 
-    def __init__(self, x: Any, in_order: bool = True) -> None:
-        self.x, self.shape, self.dtype, self.in_order = x, tuple(x.shape), np.dtype(x.dtype), in_order
+    def __init__(self, x: Any) -> None:
+        self.x, self.shape, self.dtype = x, (int(x.shape[0]), int(x.shape[1])), np.dtype(x.dtype)
 
     def read(self, start: int, stop: int) -> sp.csr_matrix | NDArray:
         """Rows ``start`` to ``stop``, computed now."""
-        block = self.x[start:stop]
+        return self._computed(self.x[start:stop])
+
+    def take(self, rows: NDArray[np.int64]) -> sp.csr_matrix | NDArray:
+        """Sorted unique rows; in one computation, so that no chunk of a dask array is computed twice."""
+        return self._computed(self.x[rows]) if hasattr(self.x, "compute") and len(rows) else super().take(rows)
+
+    @staticmethod
+    def _computed(block: Any) -> sp.csr_matrix | NDArray:
         block = block.compute() if hasattr(block, "compute") else block
-        return sp.csr_matrix(block) if sp.issparse(block) else np.asarray(block)
+        return _canonical(block) if sp.issparse(block) else np.asarray(block)
 
 
 class StackedRows(Rows):
@@ -199,11 +229,14 @@ class StackedRows(Rows):
         """Rows ``start`` to ``stop``, one contiguous read for each part they touch."""
         blocks: list[Any] = []
         for part, columns, first in zip(self.parts, self.columns, self.offsets[:-1], strict=True):
-            low, high = max(start - first, 0), min(stop - first, part.shape[0])
+            low, high = np.clip([start - first, stop - first], 0, part.shape[0])
             if low < high or (start == stop and not blocks):
-                block = part.read(low, max(low, high))
+                block = part.read(low, high)
                 blocks.append(block if columns is None else take_columns(block, columns))
-        return blocks[0] if len(blocks) == 1 else stack(blocks)
+        block = blocks[0] if len(blocks) == 1 else stack(blocks)
+        if sp.issparse(block):
+            block.sort_indices()  # reordering genes leaves them unsorted
+        return block.astype(self.dtype, copy=False)
 
 
 def row_source(x: Any, name: str = "the counts") -> Rows:
@@ -227,19 +260,26 @@ def is_on_disk(x: Any) -> bool:
 def stack(blocks: Sequence[Any]) -> Any:
     """Blocks below each other: CSR if any of them is sparse."""
     if any(sp.issparse(block) for block in blocks):
-        return sp.vstack([sp.csr_matrix(block) for block in blocks], format="csr")
+        return sp.vstack([as_csr(block) for block in blocks], format="csr")
     return np.concatenate(blocks)
 
 
-def _csr(data: NDArray, indices: NDArray, indptr: NDArray[np.int64], n_genes: int) -> sp.csr_matrix:
-    """CSR matrix of arrays that a file promises to be valid; sorted and summed up where it is not canonical."""
-    x = sp.csr_matrix((data, indices, indptr), shape=(len(indptr) - 1, n_genes))
-    x.sum_duplicates()  # checks first, and changes nothing in canonical data
+def as_csr(block: Any) -> sp.csr_matrix:
+    """A matrix in memory as CSR; float16, which sparse matrices do not have, as float32."""
+    return sp.csr_matrix(block.astype(np.float32) if block.dtype == np.float16 else block)
+
+
+def _canonical(x: Any) -> sp.csr_matrix:
+    """CSR with sorted genes and each of them once in a cell; ``x`` stays as it is."""
+    x = sp.csr_matrix(x)
+    if not x.has_canonical_format:
+        x = x.copy()
+        x.sum_duplicates()
     return x
 
 
 def _check_complete(array: Any, name: str) -> None:
-    """Zarr reads a missing chunk as zeros, without a word."""
+    """Zarr reads a missing chunk as zeros, without a word; of a sparse matrix no chunk may be missing."""
     stored = getattr(array, "nchunks_initialized", None)
     if stored is None:
         return

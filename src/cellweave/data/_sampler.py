@@ -163,9 +163,11 @@ class CellSetSampler(DistributedSampler):
         self.shuffle, self.seed, self.epoch = shuffle, seed, 0
         self.start_batch = 0
         self._blocks: _Blocks | None = None
-        buffer_size = max(buffer_size, block_size or 0)
+        size = -(-(block_size or 1) // n_cells) * n_cells  # whole contexts
+        buffer_size = max(buffer_size, size)
+        # then there are more blocks than ranks, so that every rank has some
         if block_size is not None and len(self.rows) > buffer_size * self.num_replicas:
-            self._blocks = _Blocks(self.rows, self.groups, n_cells, block_size, buffer_size, self.num_replicas)
+            self._blocks = _Blocks(self.rows, self.groups, n_cells, size, buffer_size, self.num_replicas)
             self.n_contexts_per_rank = self._blocks.n_contexts_per_rank
         else:
             n_contexts = _n_contexts(np.unique(self.groups, return_counts=True)[1], n_cells)
@@ -205,10 +207,12 @@ class CellSetSampler(DistributedSampler):
         rng = np.random.default_rng([self.seed, self.epoch if self.shuffle else 0])
         if self._blocks is None:
             contexts = self._shuffled(draw_contexts(self.rows, self.groups, self.n_cells, rng, self.rule), rng)
-            yield self._sorted_rows, self._share(contexts), True
+            mine = self._share(contexts)
+            yield self._sorted_rows if self.num_replicas == 1 else np.unique(mine.rows), mine, True
             return
         n_left = self.n_contexts_per_rank
-        members = self._blocks.buffers(rng, self.rank, self.shuffle)
+        # fixed contexts are drawn from shuffled blocks too: a sorted file must not decide who keeps whom company
+        members = self._blocks.buffers(rng, self.rank, self.shuffle or self.rule == "random")
         rng = np.random.default_rng([self.seed, self.epoch if self.shuffle else 0, 1 + self.rank])
         for i, position in enumerate(members):
             drawn = draw_contexts(self.rows[position], self.groups[position], self.n_cells, rng, self.rule)
@@ -242,38 +246,47 @@ class _Blocks:
         rows: NDArray[np.int64],
         groups: NDArray[np.integer],
         n_cells: int,
-        block_size: int,
+        size: int,
         buffer_size: int,
         n_ranks: int,
     ) -> None:
-        size = -(-block_size // n_cells) * n_cells
         order = np.lexsort((rows, groups))
         labels = block_labels(groups[order], size)
         blocks = np.split(order, np.flatnonzero(np.diff(labels)) + 1)
         # unshuffled blocks come in the order of the storage
         blocks.sort(key=lambda block: rows[block[0]])
-        self.n_per_buffer, self.n_ranks = max(1, buffer_size // size), n_ranks
+        self.rows, self.buffer_size, self.n_ranks = rows, buffer_size, n_ranks
         self.full = [block for block in blocks if len(block) == size]
         self.short = sorted((block for block in blocks if len(block) < size), key=len, reverse=True)
-        self.first_rows = rows
         spans = np.array([rows[block[-1]] - rows[block[0]] + 1 for block in blocks])
         self.is_scattered = bool(spans.sum() > _SCATTERED * len(rows))
         counts = []
         for rank in range(n_ranks):
-            short = _n_contexts(np.array([len(block) for block in self.short[rank::n_ranks]], dtype=int), n_cells)
+            short = _n_contexts(np.array([len(block) for block in self._short_of(rank)], dtype=int), n_cells)
             counts.append(len(range(rank, len(self.full), n_ranks)) * (size // n_cells) + short)
         self.n_contexts_per_rank = max(counts)
 
     def buffers(self, rng: np.random.Generator, rank: int, shuffle: bool) -> list[NDArray[np.int64]]:
         """Positions of the cells of each buffer of a rank; ``rng`` is in the same state on all ranks."""
         order = rng.permutation(len(self.full)) if shuffle else np.arange(len(self.full))
-        mine = [self.full[i] for i in order[rank :: self.n_ranks]] + self.short[rank :: self.n_ranks]
+        mine = [self.full[i] for i in order[rank :: self.n_ranks]] + self._short_of(rank)
         if shuffle:
             mine = [mine[i] for i in rng.permutation(len(mine))]
         else:
-            mine.sort(key=lambda block: self.first_rows[block[0]])
-        cuts = range(0, len(mine), self.n_per_buffer)
-        return [np.concatenate(mine[start : start + self.n_per_buffer]) for start in cuts]
+            mine.sort(key=lambda block: self.rows[block[0]])
+        buffers: list[list[NDArray[np.int64]]] = []
+        n_free = 0
+        for block in mine:
+            if len(block) > n_free:
+                buffers.append([])
+                n_free = self.buffer_size
+            buffers[-1].append(block)
+            n_free -= len(block)
+        return [np.concatenate(buffer) for buffer in buffers]
+
+    def _short_of(self, rank: int) -> list[NDArray[np.int64]]:
+        """From the last rank on: the first ranks are those with one more full block."""
+        return self.short[self.n_ranks - 1 - rank :: self.n_ranks]
 
 
 def block_labels(groups: NDArray[np.integer], size: int) -> NDArray[np.int64]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import h5py
+import numpy as np
 import pandas as pd
 import zarr
 from anndata import AnnData
@@ -58,14 +60,29 @@ class CellStore(AnnData):
         return f"CellStore: {super().__repr__()}\n    X on disk: {len(self.paths)} file(s): {names}"
 
     def to_memory(self, copy: bool = False) -> AnnData:
-        """An ordinary AnnData with all counts in memory."""
-        loaded = AnnData(self.rows[:], obs=self.obs.copy(), var=self.var.copy(), uns=dict(self.uns))
-        for key, value in self.obsm.items():
-            loaded.obsm[key] = value
-        return loaded
+        """An ordinary AnnData with all counts in memory, and copies of everything else.
+
+        Parameters
+        ----------
+        copy
+            Has no effect: nothing is shared with the store in any case.
+        """
+        return _filled(AnnData(self.rows[:], obs=self.obs.copy(), var=self.var.copy()), self)
+
+    def __getitem__(self, index: Any) -> Any:
+        """A view, whose copy is an ordinary AnnData in memory."""
+        view = super().__getitem__(index)
+        if isinstance(view, AnnData):
+            view.__class__ = _StoreView
+        return view
 
     def copy(self, filename: str | os.PathLike[str] | None = None) -> CellStore:
-        """Another object on the same files, with its own ``obs``, ``var``, ``obsm`` and ``uns``.
+        """Another object on the same files, with its own ``obs``, ``var``, ``obsm``, ``uns`` and so on.
+
+        Parameters
+        ----------
+        filename
+            Not supported.
 
         Raises
         ------
@@ -74,11 +91,51 @@ class CellStore(AnnData):
         """
         if filename is not None:
             raise ValueError("`filename` is not supported; write a store with `cellweave.pp.write_store`.")
-        twin = CellStore(self.rows, self.obs.copy(), self.var.copy(), self.paths)
-        twin.uns = dict(self.uns)
-        for key, value in self.obsm.items():
-            twin.obsm[key] = value.copy()
-        return twin
+        return _filled(CellStore(self.rows, self.obs.copy(), self.var.copy(), self.paths), self)
+
+    def write_h5ad(self, *args: Any, **kwargs: Any) -> None:
+        """Not supported: the counts are on disk already.
+
+        Raises
+        ------
+        ValueError
+            Always; it says what to write instead.
+        """
+        raise ValueError(
+            "A CellStore is not written as a whole, for its counts are on disk already; write its results with "
+            "`AnnData(obs=store.obs, obsm=dict(store.obsm)).write_h5ad(...)`, or everything with "
+            "`store.to_memory().write_h5ad(...)`."
+        )
+
+    write = write_zarr = write_h5ad
+
+
+class _StoreView(AnnData):
+    """Some cells or genes of a store. AnnData would copy it without its counts, which it does not find where it looks."""
+
+    def copy(self, filename: str | os.PathLike[str] | None = None) -> AnnData:
+        if filename is not None:
+            raise ValueError("`filename` is not supported; use `copy().write_h5ad(...)`.")
+        return _filled(AnnData(self.X.copy(), obs=self.obs.copy(), var=self.var.copy()), self)
+
+    def to_memory(self, copy: bool = False) -> AnnData:
+        return self.copy()
+
+    def __getitem__(self, index: Any) -> Any:
+        view = super().__getitem__(index)
+        if isinstance(view, AnnData):
+            view.__class__ = _StoreView
+        return view
+
+
+def _filled(target: Any, source: AnnData) -> Any:
+    """``target`` with copies of all of ``source`` that stands beside the counts."""
+    for name in ("layers", "obsm", "varm", "obsp", "varp"):
+        for key, value in getattr(source, name).items():
+            if key is not None:  # where AnnData 0.13 keeps the counts
+                getattr(target, name)[key] = value.copy()
+    target.uns = deepcopy(dict(source.uns))
+    return target
 
 
 def open_store(
@@ -158,11 +215,18 @@ def join_parts(parts: Sequence[Part], join: str, genes: Sequence[str] | None = N
     Raises
     ------
     ValueError
-        If gene names of a part repeat, or no gene is left.
+        If ``join`` is unknown, gene names of a part or of ``genes`` repeat, or a part has none of the genes.
     """
+    if join not in ("inner", "outer"):
+        raise ValueError(f"`join` must be 'inner' or 'outer', got {join!r}.")
+    for name, index in [(f"`var_names` of {part.name}", part.var.index) for part in parts] + [("`genes`", genes)]:
+        repeated = pd.Index([] if index is None else index)
+        repeated = repeated[repeated.duplicated()]
+        if len(repeated):
+            raise ValueError(f"{name} repeat {repeated[0]!r}; make them unique first.")
     wanted = _common_genes(parts, join) if genes is None else pd.Index(genes)
     for part in parts:
-        if not part.var.index.isin(wanted).any():
+        if len(part.var) and not part.var.index.isin(wanted).any():
             raise ValueError(
                 f"{part.name} has none of the {len(wanted)} genes (first: {wanted[:1].tolist()}, first of the file: "
                 f"{part.var.index[:1].tolist()}); use the same kind of gene names."
@@ -170,7 +234,7 @@ def join_parts(parts: Sequence[Part], join: str, genes: Sequence[str] | None = N
     columns = [None if part.var.index.equals(wanted) else part.var.index.get_indexer(wanted) for part in parts]
     is_plain = len(parts) == 1 and columns[0] is None
     rows = parts[0].rows if is_plain else StackedRows([part.rows for part in parts], columns)
-    return Part(rows, _joined_obs([part.obs for part in parts]), parts[0].var.reindex(wanted), parts[0].name)
+    return Part(rows, _joined_obs([part.obs for part in parts]), _joined_var(parts, wanted), parts[0].name)
 
 
 def _read_part(path: Path, layer: str | None, obs_columns: Sequence[str] | None) -> Part:
@@ -181,17 +245,27 @@ def _read_part(path: Path, layer: str | None, obs_columns: Sequence[str] | None)
     if where not in root:
         layers = sorted(name.removeprefix("layers/") for name in root.get("layers", {}))
         raise KeyError(f"`{path}` has no `{where}`; its layers are {layers}.")
+    _check_layout(root, where, path)
     if dict(root[where].attrs).get("encoding-type") == "csc_matrix":
         raise ValueError(
-            f"`{where}` of `{path}` is stored by genes (CSC), so that no cell can be read alone; rewrite it once with "
-            "`cellweave.pp.write_store`."
+            f"`{where}` of `{path}` is stored by genes (CSC), so that no cell can be read alone; load it with AnnData and "
+            "rewrite it once with `cellweave.pp.write_store(adata, ...)`."
         )
     try:
-        obs, var = _read_frame(root["obs"], obs_columns, path), read_elem(root["var"])
-    except (OSError, RuntimeError) as error:
+        obs, var = _read_frame(root["obs"], obs_columns), read_elem(root["var"])
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise OSError(f"`obs` or `var` of `{path}` cannot be read ({error}); restore it from a copy.") from error
-    var.index = var.index.astype(str)
-    return Part(DiskRows(root[where], f"`{where}` of `{path}`"), obs, var, f"`{path}`")
+    missing = [name for name in obs_columns or () if name not in obs]
+    if missing:
+        raise KeyError(f"`obs_columns` names {missing[0]!r}, which `obs` of `{path}` lacks.")
+    obs.index, var.index = obs.index.astype(str), var.index.astype(str)
+    rows = DiskRows(root[where], f"`{where}` of `{path}`")
+    if rows.shape != (len(obs), len(var)):
+        raise OSError(
+            f"`{where}` of `{path}` has shape {rows.shape}, but `obs` and `var` have {len(obs)} and {len(var)} rows; "
+            "restore it from a copy."
+        )
+    return Part(rows, obs, var, f"`{path}`")
 
 
 def _open(path: Path) -> Any:
@@ -206,25 +280,29 @@ def _open(path: Path) -> Any:
         ) from error
 
 
-def _read_frame(group: Any, columns: Sequence[str] | None, path: Path) -> pd.DataFrame:
-    """The frame of a group, or some columns of it."""
-    if columns is None:
-        return read_elem(group)
-    known = list(group.attrs["column-order"])
-    missing = [name for name in columns if name not in known]
-    if missing:
-        raise KeyError(f"`obs_columns` names {missing[0]!r}, but `obs` of `{path}` has {known}.")
+def _check_layout(root: Any, where: str, path: Path) -> None:
+    """What AnnData 0.7 and later write: frames as groups, and a matrix that names its encoding."""
+    kind = dict(root[where].attrs).get("encoding-type", "array")
+    is_sparse = not hasattr(root[where], "shape")
+    known = kind in ("csr_matrix", "csc_matrix") if is_sparse else len(root[where].shape) == 2
+    frames = all(dict(root[name].attrs).get("encoding-type") == "dataframe" for name in ("obs", "var") if name in root)
+    if "obs" not in root or "var" not in root or not known or not frames:
+        raise OSError(
+            f"`{path}` is not laid out as AnnData 0.7 or later writes it; read it with AnnData and write it again."
+        )
+
+
+def _read_frame(group: Any, columns: Sequence[str] | None) -> pd.DataFrame:
+    """The frame of a group, or those of the columns that it has."""
+    if columns is None or group.attrs.get("encoding-version") == "0.1.0":  # whose categories stand outside of columns
+        frame = read_elem(group)
+        return frame if columns is None else frame[[name for name in columns if name in frame]]
+    known = set(group.attrs["column-order"])
     index = read_elem(group[group.attrs["_index"]])
-    return pd.DataFrame({name: read_elem(group[name]) for name in columns}, index=pd.Index(index).astype(str))
+    return pd.DataFrame({name: read_elem(group[name]) for name in columns if name in known}, index=pd.Index(index))
 
 
 def _common_genes(parts: Sequence[Part], join: str) -> pd.Index:
-    if join not in ("inner", "outer"):
-        raise ValueError(f"`join` must be 'inner' or 'outer', got {join!r}.")
-    for part in parts:
-        repeated = part.var.index[part.var.index.duplicated()]
-        if len(repeated):
-            raise ValueError(f"`var_names` of {part.name} repeat {repeated[0]!r}; make them unique first.")
     genes = parts[0].var.index
     for part in parts[1:]:
         others = part.var.index
@@ -238,12 +316,45 @@ def _common_genes(parts: Sequence[Part], join: str) -> pd.Index:
 
 
 def _joined_obs(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Frames below each other; a categorical column stays one, with the categories of all files."""
+    """Frames below each other, with all columns; missing where a file lacks one."""
     if len(frames) == 1:
         return frames[0]
     joined = pd.concat(frames)
     for name in joined.columns:
-        parts = [frame[name] for frame in frames if name in frame]
-        if len(parts) == len(frames) and all(isinstance(part.dtype, pd.CategoricalDtype) for part in parts):
-            joined[name] = pd.api.types.union_categoricals(parts, ignore_order=True)
+        joined[name] = _joined_column(
+            [f[name] if name in f else pd.Series(np.nan, f.index) for f in frames], joined[name]
+        )
     return joined
+
+
+def _joined_column(parts: Sequence[pd.Series], joined: pd.Series) -> Any:
+    """A column of joined frames, with a type that can be stored: pandas makes objects of categories and of booleans."""
+    known = [part for part in parts if not part.isna().all()]
+    if known and all(isinstance(part.dtype, pd.CategoricalDtype) for part in known):
+        names = [part.cat.categories for part in known]
+        if len({index.inferred_type for index in names}) > 1:  # 1 and "1" are one category
+            joined = joined.where(joined.isna(), joined.astype(str))
+            names = [index.astype(str) for index in names]
+        union = names[0]
+        for index in names[1:]:
+            union = union.append(index[~index.isin(union)])
+        return pd.Categorical(joined, categories=union)
+    if known and joined.dtype == object:
+        if all(pd.api.types.is_bool_dtype(part.dtype) for part in known):
+            return joined.astype("boolean")
+        if len({pd.api.types.infer_dtype(part, skipna=True) for part in known}) > 1:
+            return joined.where(joined.isna(), joined.astype(str))
+    return joined
+
+
+def _joined_var(parts: Sequence[Part], genes: pd.Index) -> pd.DataFrame:
+    """Annotation of ``genes``: of each the one of the first part that has it, in the columns that all parts have."""
+    if len(parts) == 1 and parts[0].var.index.equals(genes):
+        return parts[0].var
+    shared = [name for name in parts[0].var if all(name in part.var for part in parts)]
+    var = pd.concat([part.var[shared] for part in parts])
+    var = var[~var.index.duplicated()].reindex(genes)
+    for name in shared:
+        columns = [part.var[name] for part in parts]
+        var[name] = _joined_column(columns, var[name])
+    return var

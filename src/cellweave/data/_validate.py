@@ -233,7 +233,8 @@ def warn_small_data(n_obs: int, n_cells: int) -> None:
 
 def looks_like_counts(x: Any) -> bool:
     """Whether the first cells of a matrix hold non-negative integers."""
-    values = np.asarray(_values(x[: min(x.shape[0], 100)]), dtype=np.float64)
+    block = x[: min(x.shape[0], 100)]
+    values = np.asarray(_values(block.compute() if hasattr(block, "compute") else block), dtype=np.float64)
     return bool(np.all(values >= 0) and np.all(values == np.rint(values)))
 
 
@@ -281,6 +282,7 @@ def _row_blocks(x: Any) -> Iterator[tuple[int, Any]]:
     step = max(1, _BLOCK_ENTRIES // max(1, x.shape[1]))
     for start in range(0, x.shape[0], step):
         block = x if step >= x.shape[0] and (sp.issparse(x) or isinstance(x, np.ndarray)) else x[start : start + step]
+        block = block.compute() if hasattr(block, "compute") else block  # of a dask array
         yield start, _canonical(block) if sp.issparse(block) else block
 
 

@@ -75,7 +75,15 @@ class LayerWriter:
         return self
 
     def write(self, rows: NDArray[np.int64], values: NDArray[np.float32]) -> None:
-        """Values ``(len(rows), column)`` of some rows, each of which comes once."""
+        """Add some rows.
+
+        Parameters
+        ----------
+        rows
+            Rows of the store ``(row,)``; each comes once.
+        values
+            Their values ``(row, column)``.
+        """
         self._waiting.append((rows, values))
         self._n_waiting += len(rows)
         if self._n_waiting >= _BUFFER:

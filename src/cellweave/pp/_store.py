@@ -7,7 +7,9 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -21,7 +23,7 @@ from numpy.typing import NDArray
 from scvi.utils import track
 from zarr.codecs import BloscCodec, ZstdCodec
 
-from cellweave.data import CellStore, Part, Rows, check_groups, get_counts, join_parts, open_store, row_source
+from cellweave.data import CellStore, Part, Rows, as_csr, check_groups, get_counts, join_parts, open_store, row_source
 
 __all__ = ["write_store"]
 
@@ -122,6 +124,9 @@ def _as_part(source: Source, layer: str | None, obs_columns: Sequence[str] | Non
     if not isinstance(source, AnnData):
         store = open_store(source, layer=layer, obs_columns=obs_columns)
         return Part(store.rows, store.obs, store.var, f"`{source}`")
+    for name in obs_columns or ():
+        if name not in source.obs:
+            raise KeyError(f"`obs_columns` names {name!r}, which `obs` of data set {number} lacks.")
     obs = source.obs if obs_columns is None else source.obs[list(obs_columns)]
     obs = obs[[name for name in obs if not str(name).startswith("_scvi")]]
     return Part(row_source(get_counts(source, layer)), obs, source.var, f"data set {number}")
@@ -144,23 +149,36 @@ def _check_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(f"`{target}` already exists; choose another path or pass `overwrite=True`.")
-    if not (target / "zarr.json").is_file():
+    if not ((target / "zarr.json").is_file() or (target / ".zgroup").is_file()):
         raise FileExistsError(f"`{target}` is not a zarr store and will not be overwritten.")
 
 
 def _fingerprint(sources: Sequence[Source], layer: str | None, whole: Part) -> str:
     """Digest that changes when the inputs change: files by size and time, data in memory by their content."""
     digest = hashlib.sha256(str(whole.rows.shape).encode())
-    digest.update(pd.util.hash_pandas_object(whole.obs.astype(str), index=True).to_numpy().tobytes())
+    for frame in (whole.obs, whole.var):
+        digest.update(str(list(frame.columns)).encode())
+        digest.update(pd.util.hash_pandas_object(frame.astype(str), index=True).to_numpy().tobytes())
     for source in sources:
-        if isinstance(source, AnnData):
-            for start, block in row_source(get_counts(source, layer)).chunks():
-                x = sp.csr_matrix(block)
-                digest.update(x.data.tobytes() + x.indices.tobytes() + str(start).encode())
-        else:
-            files = [Path(source), *sorted(Path(source).rglob("zarr.json"))]
+        paths = _files_of(source, layer)
+        if paths:
+            files = [file for path in paths for file in (path, *sorted(path.rglob("*")))]
             digest.update(str([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode())
+            continue
+        for _, block in row_source(get_counts(source, layer)).chunks():
+            x = as_csr(block)
+            for array in (x.data, x.indices, x.indptr):
+                digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def _files_of(source: Source, layer: str | None) -> list[Path]:
+    """The files that hold the counts of a source; none if they are in memory."""
+    if not isinstance(source, AnnData):
+        return [Path(source)]
+    if isinstance(source, CellStore):
+        return source.paths
+    return [Path(source.filename)] if source.isbacked and layer is None else []
 
 
 def _start(work: Path, plan: dict[str, Any]) -> None:
@@ -190,45 +208,49 @@ class _Piece(NamedTuple):
 
     position: NDArray[np.int64]  # (cell,): row in the store, ascending
     indptr: NDArray[np.int64]  # (cell + 1,)
-    indices: NDArray[np.int32]
-    data: NDArray[Any]
+    folder: Path  # with the bytes of `indices` and `data`
+    dtype: np.dtype  # of `data`
 
     def between(self, start: int, stop: int, n_genes: int) -> tuple[NDArray[np.int64], sp.csr_matrix]:
         """The cells of this piece that belong to rows ``start`` to ``stop``."""
         first, last = np.searchsorted(self.position, [start, stop])
-        indptr = np.asarray(self.indptr[first : last + 1])
-        where = slice(indptr[0], indptr[-1])
-        parts = (np.asarray(self.data[where]), np.asarray(self.indices[where]), indptr - indptr[0])
-        return np.asarray(self.position[first:last]), sp.csr_matrix(parts, shape=(last - first, n_genes))
+        indptr = self.indptr[first : last + 1]
+        x = (
+            self._read("data", self.dtype, indptr),
+            self._read("indices", np.dtype(np.int32), indptr),
+            indptr - indptr[0],
+        )
+        return self.position[first:last], sp.csr_matrix(x, shape=(last - first, n_genes))
+
+    def _read(self, name: str, dtype: np.dtype, indptr: NDArray[np.int64]) -> NDArray:
+        # opened for each read: a large store has more pieces than a process may keep files open
+        count, offset = int(indptr[-1] - indptr[0]), int(indptr[0]) * dtype.itemsize
+        return np.fromfile(self.folder / name, dtype, count, offset=offset)
 
 
 def _write_pieces(work: Path, rows: Rows, order: NDArray[np.int64]) -> list[_Piece]:
     """Read all cells once in the order of the sources and write them in pieces; those that are there are kept."""
     position = np.empty_like(order)
     position[order] = np.arange(len(order))
+    dtype = np.dtype(np.float32) if rows.dtype == np.float16 else rows.dtype
     folders = []
     for start, stop in _ranges(len(order), "Reading cells"):
         folder = work / "pieces" / f"{start:012d}"
         folders.append(folder)
         if folder.exists():
             continue
-        block = sp.csr_matrix(rows.read(start, stop))
         within = np.argsort(position[start:stop])
-        block = block[within]
+        block = as_csr(rows.read(start, stop))[within]
         block.sort_indices()
-        indptr, indices = block.indptr.astype(np.int64), block.indices.astype(np.int32, copy=False)
-        piece = _Piece(position[start:stop][within], indptr, indices, block.data)
         unfinished = folder.with_suffix(".tmp")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
-        for name, array in piece._asdict().items():
-            np.save(unfinished / f"{name}.npy", array)
+        np.save(unfinished / "position.npy", position[start:stop][within])
+        np.save(unfinished / "indptr.npy", block.indptr.astype(np.int64))
+        block.indices.astype(np.int32, copy=False).tofile(unfinished / "indices")
+        block.data.astype(dtype, copy=False).tofile(unfinished / "data")
         unfinished.rename(folder)
-    return [_open_piece(folder) for folder in folders]
-
-
-def _open_piece(folder: Path) -> _Piece:
-    return _Piece(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in _Piece._fields))
+    return [_Piece(np.load(f / "position.npy"), np.load(f / "indptr.npy"), f, dtype) for f in folders]
 
 
 # ---------------------------------------------------------------- second pass: the store
@@ -243,12 +265,14 @@ def _assemble(
     for piece in pieces:
         per_cell[piece.position] = np.diff(piece.indptr)
     indptr = np.concatenate([[0], np.cumsum(per_cell)])
-    group = zarr.open_group(work / "store", mode="w")
-    write_elem(group, "/", AnnData(obs=whole.obs.iloc[order], var=whole.var, uns={"cellweave_store": about}))
+    group = zarr.open_group(work / "store", mode="w", zarr_format=3)
+    frame = AnnData(obs=whole.obs.iloc[order], var=whole.var, uns={"cellweave_store": about})
+    frame.strings_to_categoricals()  # as AnnData does before it writes: text with missing values cannot be stored
+    with _quiet():
+        write_elem(group, "/", frame)
     x = group.create_group("X", overwrite=True)
     x.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": [n_cells, n_genes]})
-    dtype = np.result_type(*(piece.data.dtype for piece in pieces))
-    data = _array(x, "data", indptr[-1], dtype, n_cells, about["compression"])
+    data = _array(x, "data", indptr[-1], pieces[0].dtype, n_cells, about["compression"])
     index = np.dtype(np.int32 if indptr[-1] < 2**31 else np.int64)  # one type for both, as scipy requires
     indices = _array(x, "indices", indptr[-1], index, n_cells, about["compression"])
     _array(x, "indptr", n_cells + 1, index, n_cells, about["compression"])[:] = indptr
@@ -258,6 +282,14 @@ def _assemble(
         block = sp.vstack([cells for _, cells in found], format="csr")[np.argsort(rows)]
         data[indptr[start] : indptr[stop]] = block.data
         indices[indptr[start] : indptr[stop]] = block.indices
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the announcements of AnnData and zarr about coming versions, on which the user has no influence here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="zarr v3 autosharding|Consolidated metadata")
+        yield
 
 
 def _ranges(n_cells: int, description: str) -> Iterator[tuple[int, int]]:
@@ -272,5 +304,11 @@ def _array(group: zarr.Group, name: str, length: int, dtype: np.dtype, n_cells: 
     chunk = int(np.clip(2 ** round(np.log2(per_block)), _MIN_CHUNK, _MAX_CHUNK))
     chunk = max(1, min(chunk, int(length)))
     return group.create_array(
-        name, shape=(int(length),), dtype=dtype, chunks=(chunk,), compressors=_CODECS[compression], overwrite=True
+        name,
+        shape=(int(length),),
+        dtype=dtype,
+        chunks=(chunk,),
+        compressors=_CODECS[compression],
+        config={"write_empty_chunks": True},  # a missing chunk is an error, also where all of its values would be zero
+        overwrite=True,
     )
