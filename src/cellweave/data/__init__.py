@@ -3,7 +3,7 @@
 from ._fields import CategoryObsField, GroupObsField, MuDataCategoryObsField, MuDataGroupObsField
 from ._genes import align_genes, match_genes
 from ._loader import CellSetDataset, CellSetLoader, gene_shares
-from ._rows import Rows, as_csr, row_source
+from ._rows import DiskRows, Rows, as_csr, row_source
 from ._sampler import CellSetSampler, Contexts, draw_contexts
 from ._splitter import CellSetSplitter, split_cells
 from ._store import CellStore, Part, join_parts, open_store
@@ -26,6 +26,7 @@ __all__ = [
     "CellSetSampler",
     "CellSetSplitter",
     "Contexts",
+    "DiskRows",
     "GroupObsField",
     "MuDataCategoryObsField",
     "MuDataGroupObsField",

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 from anndata import AnnData
 from numpy.typing import NDArray
 
+from ._columns import take_columns
+from ._rows import StackedRows, is_on_disk, row_source
+from ._store import CellStore
 from ._validate import _some, _warn, get_counts
 
 __all__ = ["align_genes", "match_genes"]
@@ -45,7 +47,8 @@ def align_genes(adata: AnnData, genes: Sequence[str], layer: str | None = None, 
 
     Returns
     -------
-    AnnData ``(cell, len(genes))`` with CSR or dense counts of the dtype of the input.
+    AnnData ``(cell, len(genes))`` with CSR or dense counts of the dtype of the input. Counts on disk stay there: a backed
+    AnnData or a :class:`~cellweave.io.CellStore` gives a CellStore that aligns what it reads.
 
     Raises
     ------
@@ -70,7 +73,11 @@ def align_genes(adata: AnnData, genes: Sequence[str], layer: str | None = None, 
         )
     position = match_genes(adata.var_names, wanted)
     _report(position, wanted, adata, min_overlap)
-    x = _take_columns(get_counts(adata, layer), position)
+    x = get_counts(adata, layer)
+    if layer is None and is_on_disk(x):
+        paths = adata.paths if isinstance(adata, CellStore) else [Path(adata.filename)] if adata.filename else []
+        return CellStore(StackedRows([row_source(x)], [position]), adata.obs.copy(), pd.DataFrame(index=wanted), paths)
+    x = take_columns(x, position)
     aligned = AnnData(X=x, obs=adata.obs.copy(), var=pd.DataFrame(index=wanted))
     if layer is not None:
         aligned.layers[layer] = aligned.X
@@ -176,21 +183,3 @@ def _better_names(adata: AnnData, wanted: pd.Index, position: NDArray[np.intp]) 
             f"{lower[same[0].lower()]!r}): rename them if they are genes of the same species"
         )
     return advice
-
-
-def _take_columns(x: Any, position: np.ndarray) -> sp.csr_matrix | np.ndarray:
-    """Columns ``position`` of ``x``, zero where ``position`` is -1."""
-    found = position >= 0
-    if not isinstance(x, np.ndarray) and not sp.issparse(x):
-        x = x[:]  # a backed matrix
-    if sp.issparse(x):
-        # a selection matrix does the reordering, dropping and zero filling in one sparse product
-        n_found = int(found.sum())
-        select = sp.csr_matrix(
-            (np.ones(n_found, dtype=x.dtype), (position[found], np.flatnonzero(found))),
-            shape=(x.shape[1], len(position)),
-        )
-        return sp.csr_matrix(x) @ select
-    out = np.zeros((x.shape[0], len(position)), dtype=x.dtype)
-    out[:, found] = x[:, position[found]]
-    return out

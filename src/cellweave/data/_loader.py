@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from cellweave._keys import LOADER_KEYS, REGISTRY_KEYS
 from cellweave._types import ContextRule
 
+from ._annbatch import AnnbatchRows
 from ._densify import dense_rows
 from ._rows import MemoryRows, row_source, stack
 from ._sampler import BUFFER_SIZE, Buffer, CellSetSampler
@@ -75,6 +76,10 @@ class CellSetDataset(Dataset):
 
     def stream(self, buffers: Iterable[Buffer]) -> Iterator[dict[str, Any]]:
         """Batches of buffers; the cells of the next buffer are read while those of the last are used."""
+        if isinstance(self.x, AnnbatchRows):
+            for rows, valid, counts in self.x.stream(buffers):
+                yield self._batch(rows, valid, self._tensor(counts, np.arange(len(rows))))
+            return
         held: tuple[NDArray[np.int64], Any] | None = None  # cells of earlier buffers that a batch still needs
         for buffer, block in _read_ahead(buffers, self.x.take):
             for rows, valid in buffer.batches:

@@ -13,7 +13,7 @@ from anndata.abc import CSCDataset, CSRDataset
 from numpy.typing import NDArray
 from scvi import settings
 
-from ._genes import _take_columns as take_columns
+from ._columns import take_columns
 
 __all__ = ["DiskRows", "MemoryRows", "Rows", "StackedRows", "as_csr", "is_on_disk", "row_source", "stack"]
 

@@ -167,6 +167,11 @@ class CellSetSplitter(LightningDataModule):
             **loader_kwargs,
         }
 
+    @property
+    def registry(self) -> dict[str, Any]:
+        """Registry of the data, from which a model without data is made: ``StackModel(registry=...)``."""
+        return self.adata_manager.registry
+
     def train_dataloader(self) -> CellSetLoader:
         """Contexts of training cells, new ones every epoch."""
         return CellSetLoader(self.adata_manager, self.train_idx, shuffle=True, **self.data_loader_kwargs)

@@ -15,6 +15,7 @@ import zarr
 from anndata import AnnData
 from anndata.io import read_elem
 
+from ._annbatch import AnnbatchRows
 from ._rows import DiskRows, Rows, StackedRows
 
 __all__ = ["CellStore", "Part", "join_parts", "open_store"]
@@ -143,6 +144,7 @@ def open_store(
     layer: str | None = None,
     obs_columns: Sequence[str] | None = None,
     join: Literal["inner", "outer"] = "inner",
+    backend: Literal["blocks", "annbatch"] = "blocks",
 ) -> CellStore:
     """Open one or many ``.h5ad`` or ``.zarr`` files as one AnnData whose counts stay on disk.
 
@@ -151,7 +153,7 @@ def open_store(
     Parameters
     ----------
     paths
-        A file, or several.
+        A file, or several; a collection of annbatch counts as the files in it.
     layer
         Layer with the counts; ``X`` by default. It becomes the ``X`` of the result.
     obs_columns
@@ -159,6 +161,9 @@ def open_store(
     join
         ``"inner"`` keeps the genes that all files have, in the order of the first; ``"outer"`` keeps all genes, zero in
         the cells of files that lack them.
+    backend
+        ``"blocks"`` reads with h5py and zarr. ``"annbatch"`` reads batches of an annbatch collection with the loader of that
+        package, which pays off for compressed and remote stores and many cores; order and results are the same.
 
     Returns
     -------
@@ -168,12 +173,15 @@ def open_store(
     ------
     FileNotFoundError
         If a file does not exist.
+    ImportError
+        If ``backend="annbatch"`` and annbatch is not installed.
     KeyError
         If a layer or column does not exist.
     OSError
         If a file cannot be read.
     ValueError
-        If no file is given, gene names of a file repeat, or the files share no gene.
+        If no file is given, gene names of a file repeat, the files share no gene, or ``backend="annbatch"`` is asked to read
+        something else than one collection.
 
     Examples
     --------
@@ -187,8 +195,25 @@ def open_store(
     files = [Path(paths)] if isinstance(paths, str | os.PathLike) else [Path(path) for path in paths]
     if not files:
         raise ValueError("`paths` is empty; name at least one .h5ad or .zarr file.")
-    whole = join_parts([_read_part(path, layer, obs_columns) for path in files], join)
-    return CellStore(whole.rows, whole.obs, whole.var, files)
+    if backend not in ("blocks", "annbatch"):
+        raise ValueError(f"`backend` must be 'blocks' or 'annbatch', got {backend!r}.")
+    members = [member for path in files for member in collection_members(path)]
+    parts = [_read_part(path, layer, obs_columns) for path in members]
+    whole = join_parts(parts, join)
+    rows = whole.rows
+    if backend == "annbatch":
+        if len(files) != 1 or members == files or layer is not None:
+            raise ValueError("`backend='annbatch'` reads the `X` of one annbatch collection; use `backend='blocks'`.")
+        rows = AnnbatchRows([part.rows for part in parts], files[0])
+    return CellStore(rows, whole.obs, whole.var, files)
+
+
+def collection_members(path: Path) -> list[Path]:
+    """The stores of an annbatch collection, in its order; any other path alone."""
+    members = [folder for folder in path.glob("dataset_*") if folder.name.removeprefix("dataset_").isdecimal()]
+    if not members or (path / "obs").exists():
+        return [path]
+    return sorted(members, key=lambda folder: int(folder.name.removeprefix("dataset_")))
 
 
 class Part(NamedTuple):

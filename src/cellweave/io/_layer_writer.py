@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
@@ -16,6 +17,8 @@ __all__ = ["LayerWriter"]
 
 # Cells that wait in memory before they are written together, and cells per chunk.
 _BUFFER, _CHUNK_CELLS = 8192, 512
+# Attribute of a layer that says what produced it, as `uns["cellweave"]` does for results in memory.
+_RECORD = "cellweave"
 
 
 class LayerWriter:
@@ -36,6 +39,8 @@ class LayerWriter:
         Columns of the store that the values fill ``(value,)``; all in order by default.
     overwrite
         Replace a layer of this name.
+    record
+        What produces the values; kept beside them. A layer whose record names the same ``model`` may be replaced too.
 
     Raises
     ------
@@ -50,6 +55,7 @@ class LayerWriter:
         shape: tuple[int, int],
         columns: NDArray[np.int64] | None = None,
         overwrite: bool = False,
+        record: Mapping[str, Any] | None = None,
     ) -> None:
         if not (path / "zarr.json").is_file():
             raise ValueError(
@@ -57,7 +63,8 @@ class LayerWriter:
                 "`cellweave.pp.write_store`, or ask for fewer cells with `indices=`."
             )
         self.target = path / "layers" / key
-        if self.target.exists() and not overwrite:
+        self.record = dict(record or {})
+        if self.target.exists() and not overwrite and not self._is_ours():
             raise ValueError(
                 f"`{path}` has a layer {key!r} already; choose another `key_added` or pass `overwrite=True`."
             )
@@ -71,8 +78,12 @@ class LayerWriter:
         self._array: Any = zarr.create_array(
             self._work, shape=self.shape, chunks=chunks, dtype="f4", fill_value=np.nan, compressors="auto"
         )
-        self._array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        self._array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0", _RECORD: self.record})
         return self
+
+    def _is_ours(self) -> bool:
+        earlier: Any = dict(zarr.open_array(self.target, mode="r").attrs).get(_RECORD, {})
+        return bool(self.record) and earlier.get("model") == self.record.get("model")
 
     def write(self, rows: NDArray[np.int64], values: NDArray[np.float32]) -> None:
         """Add some rows.

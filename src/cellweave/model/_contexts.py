@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from scvi.utils import track
 
 from cellweave._keys import LOADER_KEYS
 from cellweave._types import AnnOrMuData, ContextRule, Indices
-from cellweave.data import CellSetLoader
+from cellweave.data import CellSetLoader, CellStore, DiskRows, open_store
+from cellweave.io import LayerWriter
 
 __all__ = ["ContextInferenceMixin", "all_cells", "all_cells_and_genes"]
 
@@ -97,6 +99,29 @@ class ContextInferenceMixin:
                 values = compute(batch).float().cpu().numpy()
             valid = batch[LOADER_KEYS.VALID].cpu().numpy()
             yield batch[LOADER_KEYS.ROW].cpu().numpy()[valid], values[valid]
+
+    def _to_layer(
+        self,
+        store: CellStore,
+        key: str,
+        genes: NDArray[np.str_],
+        batches: Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]],
+        parameters: Mapping[str, Any],
+        overwrite: bool,
+    ) -> CellStore:
+        """Write values of :meth:`_computed` to a layer on disk as they come, and open it; ``genes`` names their columns."""
+        if not isinstance(store.rows, DiskRows):
+            raise ValueError(
+                "Layers are added to a store of one file that is opened as it is, not to several files or aligned genes; "
+                "write one with `cellweave.pp.write_store`."
+            )
+        columns = store.var_names.astype(str).get_indexer(pd.Index(genes))
+        known = np.flatnonzero(columns >= 0)
+        record = json.loads(json.dumps(self._provenance(parameters)))
+        with LayerWriter(store.paths[0], key, store.shape, columns[known], overwrite, record) as writer:
+            for rows, values in batches:
+                writer.write(rows, values[:, known])
+        return open_store(store.paths[0], layer=key, obs_columns=[])
 
     @staticmethod
     def _rows(adata: AnnOrMuData, indices: Indices | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

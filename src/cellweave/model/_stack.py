@@ -9,12 +9,13 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
+from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 
 from cellweave import _compat
 from cellweave._keys import LOADER_KEYS, REGISTRY_KEYS
 from cellweave._types import AnnOrMuData, ContextRule, Indices
-from cellweave.data import CellSetDataset, match_genes
+from cellweave.data import CellSetDataset, CellStore, match_genes
 from cellweave.module import StackModule
 
 from ._base import CellweaveModel
@@ -153,6 +154,7 @@ class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
         resume: Literal["auto"] | str | Path | None = None,
         plan_kwargs: dict[str, Any] | None = None,
         datasplitter_kwargs: dict[str, Any] | None = None,
+        datamodule: LightningDataModule | None = None,
         **trainer_kwargs: Any,
     ) -> None:
         """Train the model. Loss terms of every epoch are in :attr:`history`.
@@ -202,6 +204,10 @@ class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
         datasplitter_kwargs
             Further arguments of :class:`~cellweave.data.CellSetSplitter`: ``by_context=False`` mixes the groups of
             ``context_key`` in training contexts, ``n_cells`` changes the context size.
+        datamodule
+            Source of batches in place of the data of the model, which then needs none: ``StackModel(registry=...)``. Its
+            loaders give what those of :class:`~cellweave.data.CellSetLoader` give, with genes and batches as registered;
+            arguments that concern the split have no effect.
         **trainer_kwargs
             Passed to :class:`scvi.train.Trainer`.
 
@@ -233,6 +239,7 @@ class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
             shuffle_set_split=shuffle_set_split,
             batch_size=batch_size,
             early_stopping=early_stopping,
+            datamodule=datamodule,
             load_sparse_tensor=accelerator != "cpu" and torch.cuda.is_available(),
         )
 
@@ -340,7 +347,7 @@ class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
         return_numpy: bool = False,
         key_added: str | None = None,
         overwrite: bool = False,
-    ) -> pd.DataFrame | NDArray[np.float32]:
+    ) -> pd.DataFrame | NDArray[np.float32] | CellStore:
         """Denoised expression: the expected share of each gene in a cell, times a library size.
 
         Parameters
@@ -365,13 +372,15 @@ class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
             Return an array in place of a frame.
         key_added
             Write the result to ``adata.layers[key_added]`` (usually ``"stack_normalized"``); genes the model does not
-            know or that were not asked for, and cells not in ``indices``, are NaN.
+            know or that were not asked for, and cells not in ``indices``, are NaN. Of a
+            :class:`~cellweave.io.CellStore` the layer is written to its zarr file while it is computed.
         overwrite
             Replace what is under ``key_added`` even if no StackModel wrote it.
 
         Returns
         -------
-        Frame ``(cell, gene)`` with cell and gene names, or the float32 array.
+        Frame ``(cell, gene)`` with cell and gene names, or the float32 array. With ``key_added`` and a CellStore: the
+        store, opened with the new layer in place of the counts.
 
         Raises
         ------
@@ -393,24 +402,26 @@ class StackModel(MaskedPredictionMixin, CountsSetupMixin, CellweaveModel):
             out = self.module.decode(z.flatten(0, 1), library, batch_index, where)
             return out["px_rate"] if library_size == "observed" else out["px_scale"] * library_size
 
+        parameters = {"library_size": library_size, "transform_batch": transform_batch, "seed": seed}
+        parameters["n_context_repeats"] = n_context_repeats
+        contexts: dict[str, Any] = {"n_cells": self.module.n_cells, "batch_size": batch_size, "seed": seed}
         with self._registered(adata) as data:
             rows, order = self._rows(data, indices)
+            if place is not None and isinstance(place.holder, CellStore):
+                if n_context_repeats > 1:
+                    raise ValueError(
+                        "`n_context_repeats` must be 1 for a layer on disk; leave `key_added` out to average."
+                    )
+                batches = self._computed(data, rows, compute, "Denoising cells", **contexts)
+                names = self._names_in(place.holder)[genes]
+                return self._to_layer(place.holder, place.keys[0], names, batches, parameters, overwrite)
             values, _ = self._over_contexts(
-                data,
-                rows,
-                compute,
-                n_cells=self.module.n_cells,
-                batch_size=batch_size,
-                seed=seed,
-                n_repeats=n_context_repeats,
-                description="Denoising cells",
+                data, rows, compute, n_repeats=n_context_repeats, description="Denoising cells", **contexts
             )
         target = self.adata if adata is None else adata
         if place is not None:
-            names = self._names_in(place.holder)[genes]
-            layer = all_cells_and_genes(values, rows, names, place.holder)
-            parameters = {"library_size": library_size, "transform_batch": transform_batch, "seed": seed}
-            place.write({place.keys[0]: layer}, {**parameters, "n_context_repeats": n_context_repeats})
+            layer = all_cells_and_genes(values, rows, self._names_in(place.holder)[genes], place.holder)
+            place.write({place.keys[0]: layer}, parameters)
         values = values[order]
         return values if return_numpy else pd.DataFrame(values, target.obs_names[rows[order]], self.genes[genes])
 

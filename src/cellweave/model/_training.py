@@ -45,12 +45,18 @@ class TrainingMixin(UnsupervisedTrainingMixin):
 
         The caller's random state is untouched: all draws of training are seeded by (seed, epoch, batch).
         """
-        if self.adata is None:
-            raise ValueError("This model has no data to train on; load it with `adata=` or create it from an AnnData.")
+        datamodule = options.get("datamodule")
+        if self.adata is None and datamodule is None:
+            raise ValueError(
+                "This model has no data to train on; load it with `adata=`, create it from an AnnData, or pass `datamodule=`."
+            )
         trainer = {**trainer, "callbacks": list(trainer.get("callbacks") or [])}  # scvi-tools appends to the list
         if "log_save_dir" not in trainer or trainer.get("logger") is not None:
             trainer["logger"] = with_history(trainer.get("logger"), trainer.get("default_root_dir"))
-        has_validation = _has_validation(options.get("train_size"), options.get("validation_size"))
+        if datamodule is None:
+            has_validation = _has_validation(options.get("train_size"), options.get("validation_size"))
+        else:
+            has_validation = getattr(datamodule, "n_val", 1) > 0
         if has_validation:
             trainer.setdefault("check_val_every_n_epoch", 1)
         trainer.setdefault("early_stopping_monitor", "validation_loss")
@@ -59,7 +65,10 @@ class TrainingMixin(UnsupervisedTrainingMixin):
             if not has_validation:
                 raise ValueError("`early_stopping=True` needs validation cells; set `validation_size` above 0.")
             options["early_stopping"] = self._early_stopping(trainer)
-        self._validate_anndata(self.adata)  # replays our registration if the data were set up for another model since
+        if self.adata is not None:
+            self._validate_anndata(
+                self.adata
+            )  # replays our registration if the data were set up for another model since
         with _fork_random_state(), quiet_lightning():
             try:
                 super().train(
