@@ -118,3 +118,13 @@ def test_a_model_without_data_says_so(store, tiny, quick):
     model = StackModel(registry=_splitter(store, tiny).registry, **tiny)
     with pytest.raises(ValueError, match="has no data to train on.*`datamodule=`"):
         model.train(**quick)
+
+
+def test_a_run_is_not_continued_in_another_order(make_adata, tiny, quick, tmp_path):
+    """Protects exact resume: with other blocks the cells would come in another order, so the checkpoint is refused."""
+    adata = make_adata()
+    StackModel.setup_anndata(adata, batch_key="batch")
+    options = {**quick, "checkpoint_dir": tmp_path / "c", "resume": "auto"}
+    StackModel(adata, **tiny).train(**options, datasplitter_kwargs={"block_size": 16})
+    with pytest.raises(ValueError, match="block_size"):
+        StackModel(adata, **tiny).train(**options, datasplitter_kwargs={"block_size": 32})

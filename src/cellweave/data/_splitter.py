@@ -161,7 +161,7 @@ class CellSetSplitter(LightningDataModule):
             "rule": rule,
             "load_sparse_tensor": load_sparse_tensor,
             "distributed_sampler": distributed_sampler,
-            "block_size": block_size,
+            "block_size": blocks,
             "buffer_size": buffer_size,
             "seed": self.seed,
             **loader_kwargs,

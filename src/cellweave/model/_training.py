@@ -25,6 +25,10 @@ from cellweave.train import (
 __all__ = ["TrainingMixin"]
 
 
+# Arguments of the loaders that decide which cells meet in which step.
+_ORDER = ("n_cells", "by_context", "rule", "block_size", "buffer_size")
+
+
 class TrainingMixin(UnsupervisedTrainingMixin):
     """Training of every gradient-trained model."""
 
@@ -97,7 +101,7 @@ class TrainingMixin(UnsupervisedTrainingMixin):
             "split of the cells": _digest(np.asarray(rows).tobytes().hex() for rows in splits if rows is not None),
             "max_epochs": trainer.max_epochs,
             "contexts per step": per_process * trainer.world_size,
-            **{f"`{name}` of the contexts": contexts.get(name) for name in ("n_cells", "by_context", "rule")},
+            **{f"`{name}` of the contexts": contexts.get(name) for name in _ORDER},
             **{name: getattr(plan, name, None) for name in ("lr", "weight_decay", "betas", "eps")},
             **{name: getattr(plan, name, None) for name in ("warmup_steps", "schedule")},
             "gradient_clip_val": trainer.gradient_clip_val,
