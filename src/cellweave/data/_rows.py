@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scvi import settings
 
 from ._columns import take_columns
+from ._raw import RawArray, raw_array
 
 __all__ = ["DiskRows", "MemoryRows", "Rows", "StackedRows", "as_csr", "is_on_disk", "row_source", "stack"]
 
@@ -114,11 +115,13 @@ class DiskRows(Rows):
     def __init__(self, data: Any, name: str) -> None:
         self.name = name
         self.indptr: NDArray[np.int64] | None = None
+        self.raw: tuple[RawArray | None, ...] = (None,)
         if hasattr(data, "shape"):
             self.arrays: tuple[Any, ...] = (data,)
             self.shape, self.dtype = (int(data.shape[0]), int(data.shape[1])), np.dtype(data.dtype)
         else:
             self.arrays = (data["data"], data["indices"])
+            self.raw = tuple(map(raw_array, self.arrays))
             n_cells, n_genes = data.attrs["shape"]
             self.shape, self.dtype = (int(n_cells), int(n_genes)), np.dtype(data["data"].dtype)
             self.indptr = self._read_indptr(data["indptr"])
@@ -139,9 +142,10 @@ class DiskRows(Rows):
 
     def _read_runs(self, runs: Sequence[tuple[int, int]]) -> sp.csr_matrix | NDArray:
         if self.indptr is None:
-            return self._read_into(self.arrays[0], runs, runs)
+            return self._read_into(self.arrays[0], None, runs, runs)
         entries = [(int(self.indptr[start]), int(self.indptr[stop])) for start, stop in runs]
-        data, indices = (self._read_into(array, entries, runs) for array in self.arrays)
+        pairs = zip(self.arrays, self.raw, strict=True)
+        data, indices = (self._read_into(array, raw, entries, runs) for array, raw in pairs)
         # compiled loops trust the indices: one beyond the genes would write outside of their array
         if len(indices) and not (indices.min() >= 0 and indices.max() < self.shape[1]):
             raise self._damaged(runs[0][0], runs[-1][1], f"gene {indices.max()} of {self.shape[1]}")
@@ -153,13 +157,22 @@ class DiskRows(Rows):
         x.sum_duplicates()
         return x
 
-    def _read_into(self, array: Any, where: Sequence[tuple[int, int]], runs: Sequence[tuple[int, int]]) -> NDArray:
+    def _read_into(
+        self,
+        array: Any,
+        raw: RawArray | None,
+        where: Sequence[tuple[int, int]],
+        runs: Sequence[tuple[int, int]],
+    ) -> NDArray:
         """Ranges of an array one after the other in one new array: nothing is copied a second time."""
         out = np.empty((sum(stop - start for start, stop in where), *array.shape[1:]), dtype=array.dtype)
         at = 0
         for (start, stop), cells in zip(where, runs, strict=True):
             try:
-                out[at : at + stop - start] = array[start:stop]
+                if raw is None:
+                    out[at : at + stop - start] = array[start:stop]
+                else:
+                    raw.read_into(out[at : at + stop - start], start, stop)
             except _READ_ERRORS as error:
                 raise self._damaged(*cells, str(error)) from error
             at += stop - start
