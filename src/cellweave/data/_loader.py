@@ -50,7 +50,7 @@ class CellSetDataset(Dataset):
             logger.info("Converting %s counts to CSR once; store them as CSR to save this.", x.format.upper())
         self.x = row_source(x)
         self.codes = {
-            key: torch.from_numpy(np.asarray(adata_manager.get_from_registry(key), dtype=np.int64).reshape(-1, 1))
+            key: _codes(adata_manager.get_from_registry(key))
             for key in adata_manager.data_registry
             if key != REGISTRY_KEYS.X
         }
@@ -207,6 +207,12 @@ class _WithContextSize(Dataset):
     def stream(self, buffers: Iterable[Buffer]) -> Iterator[dict[str, Any]]:
         for batch in self.dataset.stream(buffers):
             yield {**batch, LOADER_KEYS.N_CELLS: self.n_cells}
+
+
+def _codes(values: Any) -> Tensor:
+    """Codes int64 ``(cell, 1)``; a column that is the same in all cells takes no memory."""
+    codes = torch.from_numpy(np.asarray(values, dtype=np.int64).reshape(-1, 1))
+    return codes[:1].clone().expand_as(codes) if len(codes) and (codes == codes[0]).all() else codes
 
 
 def chosen_block_size(block_size: int | Literal["auto"] | None, on_disk: bool) -> int | None:

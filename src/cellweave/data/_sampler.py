@@ -157,7 +157,6 @@ class CellSetSampler(DistributedSampler):
         self.num_replicas = dist.get_world_size() if in_group else 1
         self.rank = dist.get_rank() if in_group else 0
         self.rows, self.groups = np.asarray(rows), np.asarray(groups)
-        self._sorted_rows = np.unique(self.rows)
         self.n_cells, self.rule = n_cells, rule
         self.contexts_per_batch = max(1, batch_size // n_cells)
         self.shuffle, self.seed, self.epoch = shuffle, seed, 0
@@ -208,7 +207,8 @@ class CellSetSampler(DistributedSampler):
         if self._blocks is None:
             contexts = self._shuffled(draw_contexts(self.rows, self.groups, self.n_cells, rng, self.rule), rng)
             mine = self._share(contexts)
-            yield self._sorted_rows if self.num_replicas == 1 else np.unique(mine.rows), mine, True
+            is_whole = self.num_replicas == 1 and bool(np.all(np.diff(self.rows) > 0))
+            yield self.rows if is_whole else np.unique(mine.rows), mine, True
             return
         n_left = self.n_contexts_per_rank
         # fixed contexts are drawn from shuffled blocks too: a sorted file must not decide who keeps whom company

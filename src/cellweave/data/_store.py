@@ -43,6 +43,8 @@ class CellStore(AnnData):
 
     def __init__(self, rows: Rows, obs: pd.DataFrame, var: pd.DataFrame, paths: Sequence[Path]) -> None:
         super().__init__(obs=obs, var=var)
+        # AnnData has looked whether names are unique, which leaves a hash table of them in the index object
+        self.obs.index = pd.Index(self.obs.index.array, name=self.obs.index.name)
         self.rows = rows
         self.paths = list(paths)
 

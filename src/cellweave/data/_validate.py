@@ -51,7 +51,7 @@ def check_names(adata: AnnData) -> None:
             f"`adata.var_names` repeats {len(repeated)} gene name(s) (first: {_some(repeated)}); genes are matched by "
             "name, so run `adata.var_names_make_unique()` or merge the columns."
         )
-    if not adata.obs_names.is_unique:
+    if not pd.Index(adata.obs_names.array).is_unique:  # on a copy, which forgets its hash table of all names
         _warn("`adata.obs_names` are not unique; results are written by position.")
 
 
