@@ -48,8 +48,9 @@ class CellSetDataset(Dataset):
         if sp.issparse(x) and x.format != "csr":
             logger.info("Converting %s counts to CSR once; store them as CSR to save this.", x.format.upper())
         self.x = row_source(x)
+        # np.array copies: pandas 3 gives read-only arrays, which torch wraps with a warning about undefined behaviour
         self.codes = {
-            key: torch.from_numpy(np.asarray(adata_manager.get_from_registry(key), dtype=np.int64).reshape(-1, 1))
+            key: torch.from_numpy(np.array(adata_manager.get_from_registry(key), dtype=np.int64).reshape(-1, 1))
             for key in adata_manager.data_registry
             if key != REGISTRY_KEYS.X
         }
