@@ -91,6 +91,15 @@ def test_storage_in_memory_does_not_matter(make_adata, storage):
     _assert_same(_batches(_manager(reference)), _batches(_manager(other)))
 
 
+def test_codes_are_copies(make_adata):
+    """Protects the columns of the user, and from torch's warning about the read-only arrays that pandas 3 gives."""
+    manager = _manager(make_adata())
+    codes = CellSetDataset(manager).codes
+    assert codes.keys() == set(manager.data_registry) - {REGISTRY_KEYS.X}
+    for key, tensor in codes.items():
+        assert not np.shares_memory(tensor.numpy(), manager.get_from_registry(key))
+
+
 @pytest.mark.parametrize("storage", ["csr", "csc", "dense"])
 def test_backed_files_give_the_rows_that_were_asked_for(make_adata, tmp_path, storage):
     """Protects against the sorted rows that backed reading returns (trap R13): row order as in memory."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 
 import pytest
 import scvi
@@ -14,14 +15,17 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def ray():
-    """Ray on one core, quiet, shut down afterwards."""
+    """Ray on one core, quiet, shut down afterwards; the signal handlers that it sets and leaves do not stay either."""
     reason = 'needs Ray: pip install "cellweave[autotune]"'
     ray = pytest.importorskip("ray", reason=reason)
     for package in ("hyperopt", "scib_metrics"):
         pytest.importorskip(package, reason=reason)
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
     yield ray
     ray.shutdown()
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
 
 
 def test_autotune_finds_the_better_of_two_models(ray, make_adata, tiny, tmp_path):

@@ -7,130 +7,84 @@ import json
 import os
 import pickle
 import shutil
-import signal
-import time
 
 import numpy as np
-import pandas as pd
 import pytest
-import safetensors.torch
 import torch
 
-from cellweave.io import ModelFileError, SavedModel, inspect_model, read_model, write_model
+from cellweave.io import ModelFileError, inspect_model, read_model, write_model
 from cellweave.io import _model_files as files
-from cellweave.io import _replace as replacing
 
 NAMES = ["weights.safetensors", "config.json", "registry.json", "history.json", "indices.npz", "MANIFEST.json"]
-
-
-def _content(value: float = 1.0) -> SavedModel:
-    categories = {
-        "text": np.array(["a", "é ü", "slash/back\\", "new\nline", "", "日本"], dtype=object),
-        "int": np.array([3, 1, 2]),
-        "bool": np.array([False, True]),
-        "float": np.array([0.1, 2.5, 1e300]),
-    }
-    history = {"train_loss": pd.DataFrame({"train_loss": [2.0, value]}, index=pd.RangeIndex(2, name="epoch"))}
-    return SavedModel(
-        weights={"a.weight": torch.full((3, 2), value), "b": torch.arange(4).double()},
-        config={"model": "M", "init_params": {"kwargs": {}, "non_kwargs": {"n": 3, "x": None}}, "is_trained": True},
-        registry={"field_registries": categories, "setup_args": {"layer": None}},
-        history=history,
-        indices={"train_indices": np.array([5, 1, 3]), "test_indices": np.array([], dtype=np.int64)},
-    )
-
-
-def _assert_same(first: SavedModel, second: SavedModel) -> None:
-    assert first.weights.keys() == second.weights.keys()
-    assert all(torch.equal(first.weights[k], second.weights[k]) for k in first.weights)
-    assert first.config == second.config
-    for key, value in first.registry["field_registries"].items():
-        other = second.registry["field_registries"][key]
-        assert value.dtype == other.dtype
-        assert value.tolist() == other.tolist()
-    for key, frame in first.history.items():
-        pd.testing.assert_frame_equal(frame, second.history[key], check_index_type=False)
-    assert first.indices.keys() == second.indices.keys()
-    assert all(np.array_equal(first.indices[k], second.indices[k]) for k in first.indices)
-
-
-def _value(path) -> float:
-    return read_model(path).weights["a.weight"][0, 0].item()
-
-
-@pytest.fixture
-def saved(tmp_path):
-    write_model(tmp_path / "m", _content())
-    return tmp_path / "m"
 
 
 # ---------------------------------------------------------------- round trip
 
 
-def test_round_trip(saved):
+def test_round_trip(saved, make_content, assert_same):
     """Protects everything a model needs: weights, arguments, categories of any kind, history and indices."""
-    _assert_same(read_model(saved), _content())
+    assert_same(read_model(saved), make_content())
     assert sorted(os.listdir(saved)) == sorted(NAMES)
 
 
-def test_model_without_history(tmp_path):
+def test_model_without_history(tmp_path, make_content):
     """Protects untrained models: no history, no indices."""
-    write_model(tmp_path / "m", _content()._replace(history=None, indices={}))
+    write_model(tmp_path / "m", make_content()._replace(history=None, indices={}))
     back = read_model(tmp_path / "m")
     assert back.history is None
     assert back.indices == {}
 
 
-def test_views_and_transposes_are_saved_by_value(tmp_path):
+def test_views_and_transposes_are_saved_by_value(tmp_path, make_content):
     """Protects shared and non-contiguous weights, which safetensors refuses."""
     base = torch.arange(6.0).view(2, 3)
-    write_model(tmp_path / "m", _content()._replace(weights={"t": base.T, "part": base[:, 1]}))
+    write_model(tmp_path / "m", make_content()._replace(weights={"t": base.T, "part": base[:, 1]}))
     back = read_model(tmp_path / "m").weights
     assert torch.equal(back["t"], base.T)
     assert torch.equal(back["part"], base[:, 1])
 
 
-def test_parents_are_created_and_nothing_else_is_left(tmp_path):
+def test_parents_are_created_and_nothing_else_is_left(tmp_path, make_content, value_of):
     """Protects the folder of the user: missing parents appear, temporary directories do not stay."""
-    write_model(tmp_path / "x" / "y" / "m", _content())
-    write_model(tmp_path / "x" / "y" / "m", _content(2.0), overwrite=True)
+    write_model(tmp_path / "x" / "y" / "m", make_content())
+    write_model(tmp_path / "x" / "y" / "m", make_content(2.0), overwrite=True)
     assert os.listdir(tmp_path / "x" / "y") == ["m"]
-    assert _value(tmp_path / "x" / "y" / "m") == 2
+    assert value_of(tmp_path / "x" / "y" / "m") == 2
 
 
 # ---------------------------------------------------------------- overwriting
 
 
-def test_existing_directory_needs_overwrite(saved):
+def test_existing_directory_needs_overwrite(saved, make_content, value_of):
     """Protects a saved model: it is replaced only on request."""
     with pytest.raises(FileExistsError, match="already exists; choose another directory or pass `overwrite=True`"):
-        write_model(saved, _content(2.0))
-    assert _value(saved) == 1
+        write_model(saved, make_content(2.0))
+    assert value_of(saved) == 1
 
 
 @pytest.mark.parametrize("kind", ["directory", "file"])
-def test_what_is_no_model_is_never_overwritten(tmp_path, kind):
+def test_what_is_no_model_is_never_overwritten(tmp_path, kind, make_content):
     """Protects other data of the user: `overwrite=True` replaces model directories only."""
     target = tmp_path / "thesis"
     target.mkdir() if kind == "directory" else target.write_text("x")
     (target / "chapter1.txt").write_text("x") if kind == "directory" else None
     with pytest.raises(FileExistsError, match="is not a cellweave model directory and will not be overwritten"):
-        write_model(target, _content(), overwrite=True)
+        write_model(target, make_content(), overwrite=True)
     assert target.is_file() or os.listdir(target) == ["chapter1.txt"]
     assert os.listdir(tmp_path) == ["thesis"]
 
 
-def test_empty_directory_may_be_used(tmp_path):
+def test_empty_directory_may_be_used(tmp_path, make_content, value_of):
     """Protects directories made in advance, for instance by `tempfile`."""
     (tmp_path / "m").mkdir()
-    write_model(tmp_path / "m", _content(), overwrite=True)
-    assert _value(tmp_path / "m") == 1
+    write_model(tmp_path / "m", make_content(), overwrite=True)
+    assert value_of(tmp_path / "m") == 1
 
 
 # ---------------------------------------------------------------- damage
 
 
-def test_every_flipped_bit_is_noticed(saved):
+def test_every_flipped_bit_is_noticed(saved, make_content, assert_same):
     """Protects against silent corruption: 100 random single-bit flips over all files are detected."""
     rng = np.random.default_rng(0)
     for i in range(100):
@@ -140,7 +94,7 @@ def test_every_flipped_bit_is_noticed(saved):
         with pytest.raises(ModelFileError, match=f"{path.name}` (does not match its checksum|is damaged)"):
             read_model(saved)
         path.write_bytes(intact)
-    _assert_same(read_model(saved), _content())
+    assert_same(read_model(saved), make_content())
 
 
 def _flip(path, byte: int, bit: int) -> None:
@@ -162,9 +116,9 @@ def test_damaged_files_are_named(saved, name, damage):
     assert "\n" not in str(caught.value)
 
 
-def test_swapped_files_are_noticed(saved, tmp_path):
+def test_swapped_files_are_noticed(saved, tmp_path, make_content):
     """Protects against mixing two models: a file of another model does not match the manifest."""
-    write_model(tmp_path / "other", _content(2.0))
+    write_model(tmp_path / "other", make_content(2.0))
     shutil.copy(tmp_path / "other" / NAMES[0], saved / NAMES[0])
     with pytest.raises(ModelFileError, match="weights.safetensors` does not match"):
         read_model(saved)
@@ -211,7 +165,7 @@ def test_unreadable_file_is_named(saved, name, monkeypatch):
 
 
 @pytest.mark.skipif(getattr(os, "geteuid", lambda: 0)() == 0, reason="permissions do not bind root")
-def test_permissions_are_named(saved):
+def test_permissions_are_named(saved, make_content, value_of):
     """Protects shared folders: a model that may not be read or replaced is named, and stays as it is."""
     saved.parent.chmod(0o555)
     (saved / NAMES[0]).chmod(0)
@@ -219,11 +173,11 @@ def test_permissions_are_named(saved):
         with pytest.raises(ModelFileError, match="cannot be read: Permission denied"):
             read_model(saved)
         with pytest.raises(PermissionError, match="could not be saved to .*: Permission denied"):
-            write_model(saved, _content(2.0), overwrite=True)
+            write_model(saved, make_content(2.0), overwrite=True)
     finally:
         saved.parent.chmod(0o755)
         (saved / NAMES[0]).chmod(0o644)
-    assert _value(saved) == 1
+    assert value_of(saved) == 1
 
 
 def test_newer_schema_is_named(saved):
@@ -269,9 +223,9 @@ def test_every_readable_schema_has_a_way_to_the_present_one():
 # ---------------------------------------------------------------- description
 
 
-def test_inspect_says_what_a_model_is(saved):
+def test_inspect_says_what_a_model_is(saved, make_content):
     """Protects `inspect_model`: class, state, genes and sizes are those of the files, and damage is noticed."""
-    content = _content()
+    content = make_content()
     fields = {"X": {"summary_stats": {"n_vars": 3, "n_cells": 1234}}, "batch": {"summary_stats": {"n_batch": 2}}}
     registry = {"field_registries": fields, "setup_args": {"layer": "counts"}}
     write_model(saved, content._replace(registry=registry), overwrite=True)
@@ -366,28 +320,28 @@ def test_forged_config_is_refused(saved, content):
         read_model(saved)
 
 
-def test_linked_files_are_read_and_checked(saved, tmp_path):
+def test_linked_files_are_read_and_checked(saved, tmp_path, make_content, assert_same):
     """Protects downloads: the cache of a model hub links to its files; what counts is that the content is right."""
     (tmp_path / "blobs").mkdir()
     for name in NAMES:
         shutil.move(saved / name, tmp_path / "blobs" / name)
         (saved / name).symlink_to(tmp_path / "blobs" / name)
-    _assert_same(read_model(saved), _content())
+    assert_same(read_model(saved), make_content())
     _flip(tmp_path / "blobs" / NAMES[0], 99, 1)
     with pytest.raises(ModelFileError, match=NAMES[0]):
         read_model(saved)
 
 
-def test_other_files_are_neither_read_nor_lost(saved, tmp_path):
+def test_other_files_are_neither_read_nor_lost(saved, tmp_path, make_content, value_of, assert_same):
     """Protects what users and hubs put beside a model: it is never opened, and kept when the model is saved again."""
     (saved / "README.md").write_text("mine")
     (saved / "figures").mkdir()
     (saved / "figures" / "1.txt").write_text("one")
     (saved / "link").symlink_to("README.md")
     torch.save({"x": Payload(tmp_path / "executed")}, saved / "model.pt")
-    _assert_same(read_model(saved), _content())
-    write_model(saved, _content(2.0), overwrite=True)
-    assert _value(saved) == 2
+    assert_same(read_model(saved), make_content())
+    write_model(saved, make_content(2.0), overwrite=True)
+    assert value_of(saved) == 2
     assert (saved / "README.md").read_text() == (saved / "link").read_text() == "mine"
     assert (saved / "link").is_symlink()
     assert (saved / "figures" / "1.txt").read_text() == "one"
@@ -395,12 +349,12 @@ def test_other_files_are_neither_read_nor_lost(saved, tmp_path):
     assert os.listdir(tmp_path) == ["m"]
 
 
-def test_saving_through_a_link_replaces_what_it_points_to(saved, tmp_path):
+def test_saving_through_a_link_replaces_what_it_points_to(saved, tmp_path, make_content, value_of):
     """Protects links such as `best -> run7`: the model behind it is replaced, the link stays."""
     (tmp_path / "best").symlink_to(saved)
-    write_model(tmp_path / "best", _content(2.0), overwrite=True)
+    write_model(tmp_path / "best", make_content(2.0), overwrite=True)
     assert (tmp_path / "best").is_symlink()
-    assert _value(saved) == _value(tmp_path / "best") == 2
+    assert value_of(saved) == value_of(tmp_path / "best") == 2
     assert sorted(os.listdir(tmp_path)) == ["best", "m"]
 
 
@@ -410,216 +364,3 @@ def _forge_manifest(folder, leave_out: str = "", extra: dict | None = None, **fi
     manifest = json.loads((folder / "MANIFEST.json").read_text())
     content = {"schema": manifest["schema"], "cellweave": manifest["cellweave"], "files": {**listed, **(extra or {})}}
     (folder / "MANIFEST.json").write_bytes(files._manifest_bytes({**content, **fields}))
-
-
-# ---------------------------------------------------------------- interrupted saves
-
-OPERATIONS = ["rename", "replace", "mkdir", "fsync", "rmdir", "unlink"]
-
-
-def _count_and_stop(patch, stop_at: int, when: str, stop) -> list[str]:
-    """Call ``stop`` before or after the ``stop_at``-th change of the file system; returns the list of changes."""
-    calls = []
-
-    def wrap(name, function):
-        def wrapped(*args, **kwargs):
-            calls.append(name)
-            is_it = len(calls) == stop_at
-            if is_it and when == "before":
-                stop()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                if is_it and when == "after":
-                    stop()
-
-        return wrapped
-
-    for name in OPERATIONS:
-        patch.setattr(os, name, wrap(name, getattr(os, name)))
-    patch.setattr(safetensors.torch, "save_file", wrap("weights", safetensors.torch.save_file))
-    patch.setattr(files.np, "savez", wrap("indices", np.savez))
-    return calls
-
-
-def _number_of_operations(tmp_path, overwrite: bool) -> int:
-    target = tmp_path / "count" / "m"
-    if overwrite:
-        write_model(target, _content())
-    with pytest.MonkeyPatch.context() as patch:
-        calls = _count_and_stop(patch, -1, "before", lambda: None)
-        write_model(target, _content(), overwrite=True)
-        return len(calls)
-
-
-def _full_disk():
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_failed_save_keeps_the_old_model_and_cleans_up(tmp_path, overwrite):
-    """Protects against a full disk at any moment: one sentence, the old model stays, nothing half-written stays."""
-    outcomes = set()
-    for stop_at in range(1, _number_of_operations(tmp_path, overwrite) + 1):
-        folder = tmp_path / str(stop_at)
-        if overwrite:
-            write_model(folder / "m", _content(1.0))
-        with pytest.MonkeyPatch.context() as patch:
-            _count_and_stop(patch, stop_at, "before", _full_disk)
-            try:
-                write_model(folder / "m", _content(2.0), overwrite=overwrite)
-                outcomes.add(outcome := "saved")
-            except OSError as error:
-                outcome = "failed"
-                assert str(error).startswith(
-                    f"The model could not be saved to `{folder / 'm'}`: No space left on device"
-                )
-                assert error.errno == errno.ENOSPC
-                outcomes.add("failed")
-        left = os.listdir(folder) if folder.exists() else []
-        # what could not be removed after the new model was in place waits for the next save
-        assert left in ([], ["m"]) or outcome == "saved"
-        if outcome == "saved" or overwrite:
-            assert _value(folder / "m") == (2 if outcome == "saved" else 1)
-        write_model(folder / "m", _content(3.0), overwrite=True)
-        assert os.listdir(folder) == ["m"]
-    assert "failed" in outcomes
-
-
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork to kill a process while it saves")
-killed = pytest.mark.filterwarnings("ignore:.*was being replaced when the process:UserWarning")
-
-
-@needs_fork
-@killed
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_killed_save_leaves_a_loadable_model(tmp_path, overwrite, when):
-    """Protects against a kill at any moment of a save: the old or the new model loads, and saving cleans up."""
-    seen = set()
-    for stop_at in range(1, _number_of_operations(tmp_path, overwrite) + 1):
-        target = tmp_path / f"{stop_at}" / "m"
-        target.parent.mkdir()
-        if overwrite:
-            write_model(target, _content(1.0))
-        _save_and_die(target, stop_at, when)
-        if overwrite or target.exists():
-            seen.add(_value(target))
-        write_model(target, _content(3.0), overwrite=True)
-        assert _value(target) == 3
-        assert os.listdir(target.parent) == ["m"]
-    assert seen == ({1.0, 2.0} if overwrite else {2.0})
-
-
-def _save_and_die(target, stop_at: int, when: str) -> None:
-    """Save in a child process that is killed at the given operation."""
-    child = os.fork()
-    if child == 0:
-        try:
-            _count_and_stop(pytest.MonkeyPatch(), stop_at, when, lambda: os.kill(os.getpid(), signal.SIGKILL))
-            write_model(target, _content(2.0), overwrite=True)
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL, "the child must die at the operation"
-
-
-@killed
-def test_model_left_under_the_backup_name_is_still_a_model(saved):
-    """Protects the old model of a killed save: it is read with a warning, needs `overwrite`, and is put back."""
-    saved.rename(replacing.backup_of(saved))
-    with pytest.warns(UserWarning, match="was being replaced when the process that did it ended"):
-        assert _value(saved) == 1
-    with pytest.raises(FileExistsError, match="overwrite=True"):
-        write_model(saved, _content(2.0))
-    assert os.listdir(saved.parent) == ["m"]
-    assert _value(saved) == 1
-
-
-@needs_fork
-def test_save_of_a_living_process_is_left_alone(tmp_path):
-    """Protects two processes that save the same name: each finishes, neither removes the files of the other."""
-    target = tmp_path / "m"
-    (may_go, go), (is_there, there) = os.pipe(), os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            write = files.np.savez
-
-            def slow(*args, **kwargs):
-                os.write(there, b"x")
-                os.read(may_go, 1)
-                return write(*args, **kwargs)
-
-            files.np.savez = slow
-            write_model(target, _content(2.0), overwrite=True)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    os.close(there)  # so that a child that dies early ends the wait
-    try:
-        assert os.read(is_there, 1) == b"x"
-        staging = [name for name in os.listdir(tmp_path) if name.startswith(".m.saving-")]
-        write_model(target, _content(1.0), overwrite=True)
-        write_model(target, _content(1.5), overwrite=True)
-        assert set(os.listdir(tmp_path)) == {"m", *staging}
-        assert len(staging) == 1
-    except BaseException:
-        os.kill(child, signal.SIGKILL)
-        raise
-    finally:
-        os.write(go, b"x")
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        for descriptor in (may_go, go, is_there):
-            os.close(descriptor)
-    assert code == 0
-    assert _value(target) == 2
-    assert os.listdir(tmp_path) == ["m"]
-
-
-@pytest.mark.parametrize("has_locks", [True, False])
-def test_remains_of_other_computers_are_removed_when_they_are_old(saved, has_locks, monkeypatch):
-    """Protects shared file systems, where locks may not be seen: only remains of a day ago are surely dead."""
-    new, old = (saved.with_name(f".m.saving-{host}-0") for host in ("aaaaaaaa", "bbbbbbbb"))
-    for folder in (new, old):
-        folder.mkdir()
-    os.utime(old, (time.time() - 2 * 24 * 60 * 60,) * 2)
-    if not has_locks:
-        monkeypatch.setattr(replacing, "fcntl", None)
-    write_model(saved, _content(2.0), overwrite=True)
-    assert sorted(os.listdir(saved.parent)) == [new.name, "m"]
-
-
-def test_model_replaced_while_it_is_read_is_read_again(saved, monkeypatch):
-    """Protects readers beside a training run: never the weights of one save and the config of another."""
-    decode = files._decoded
-    values = iter([2.0, 3.0])
-
-    def decode_and_replace(path):
-        content = decode(path)
-        if path.name == "config.json" and (value := next(values, None)):
-            write_model(saved, _content(value), overwrite=True)
-        return content
-
-    monkeypatch.setattr(files, "_decoded", decode_and_replace)
-    _assert_same(read_model(saved), _content(3.0))
-
-
-@needs_fork
-def test_real_limit_of_the_file_system(saved):
-    """Protects against real write errors, also those of safetensors: the sentence, the old model, no remains."""
-    resource = pytest.importorskip("resource", reason="no limits of file sizes")
-    sizes = [(saved / name).stat().st_size for name in NAMES]
-    for limit in sorted({0, 1, *(size - 1 for size in sizes)}):
-        child = os.fork()
-        if child == 0:
-            try:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-                write_model(saved, _content(2.0), overwrite=True)
-            except OSError as error:
-                os._exit(0 if str(error).startswith("The model could not be saved to `") else 2)
-            finally:
-                os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, f"limit of {limit} bytes"
-        assert os.listdir(saved.parent) == ["m"]
-        _assert_same(read_model(saved), _content())

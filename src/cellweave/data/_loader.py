@@ -211,7 +211,8 @@ class _WithContextSize(Dataset):
 
 def _codes(values: Any) -> Tensor:
     """Codes int64 ``(cell, 1)``; a column that is the same in all cells takes no memory."""
-    codes = torch.from_numpy(np.asarray(values, dtype=np.int64).reshape(-1, 1))
+    # np.array copies: pandas 3 gives read-only arrays, which torch wraps with a warning about undefined behaviour
+    codes = torch.from_numpy(np.array(values, dtype=np.int64).reshape(-1, 1))
     return codes[:1].clone().expand_as(codes) if len(codes) and (codes == codes[0]).all() else codes
 
 
