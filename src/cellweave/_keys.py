@@ -14,6 +14,7 @@ class _RegistryKeys(NamedTuple):
     BATCH: str = "batch"
     LABELS: str = "labels"
     CONTEXT: str = "context"
+    COVARIATES: str = "covariates"  # float (cell, covariate): one-hot categories, then standardised columns
 
 
 class _LoaderKeys(NamedTuple):

@@ -1,5 +1,6 @@
 """Layers: tensors in, tensors out."""
 
 from ._attention import MultiHeadAttention, TabularAttentionLayer, within_cell_heads
+from ._coupling import CouplingFlow, CouplingLayer
 
-__all__ = ["MultiHeadAttention", "TabularAttentionLayer", "within_cell_heads"]
+__all__ = ["CouplingFlow", "CouplingLayer", "MultiHeadAttention", "TabularAttentionLayer", "within_cell_heads"]

@@ -3,19 +3,33 @@
 from ._base import Objective
 from ._masked_nb import MaskedNegativeBinomial, negative_binomial_nll
 from ._metrics import masked_correlation, masked_mae
+from ._population_prior import (
+    LogDeterminant,
+    MixtureLikelihood,
+    PopulationLogProb,
+    PopulationPrior,
+    mixture_log_likelihood,
+    population_posterior,
+)
 from ._shared import derive_seed, normal_per_context, shared_mean, step_generator, step_outputs
 from ._sliced_wasserstein import SlicedWasserstein, draw_slices, sliced_wasserstein
 
 __all__ = [
+    "LogDeterminant",
     "MaskedNegativeBinomial",
+    "MixtureLikelihood",
     "Objective",
+    "PopulationLogProb",
+    "PopulationPrior",
     "SlicedWasserstein",
     "derive_seed",
     "draw_slices",
     "masked_correlation",
     "masked_mae",
+    "mixture_log_likelihood",
     "negative_binomial_nll",
     "normal_per_context",
+    "population_posterior",
     "shared_mean",
     "sliced_wasserstein",
     "step_generator",

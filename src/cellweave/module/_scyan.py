@@ -1,0 +1,265 @@
+"""The Scyan architecture: a coupling flow into a latent space in which every coordinate is a marker."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
+from torch import Generator, Tensor, nn
+
+from cellweave._keys import LOADER_KEYS, REGISTRY_KEYS
+from cellweave.nn import CouplingFlow
+from cellweave.objective import (
+    LogDeterminant,
+    MixtureLikelihood,
+    PopulationLogProb,
+    PopulationPrior,
+    population_posterior,
+    step_outputs,
+)
+
+__all__ = ["ScyanAnnotation", "ScyanModule"]
+
+# Factor on the logits of the population weights, which lets a small learning rate move them fast.
+_PI_LOGIT_SCALE = 100.0
+
+
+class ScyanAnnotation(NamedTuple):
+    """What the model says about cells."""
+
+    probs: Tensor  # (cell, population): posterior
+    population: Tensor  # int64 (cell,): most probable population, the first of equals
+    log_joint: Tensor  # (cell,): log p(u|z) + log pi of that population
+    log_density: Tensor  # (cell,): log p(u|z) of that population, low where a cell is like none of the table
+
+
+class ScyanModule(BaseModuleClass):
+    r"""Scyan: a conditional normalizing flow whose prior is a table of populations and markers.
+
+    A cell has a population :math:`z \sim \mathrm{Categorical}(\pi)`, latent markers :math:`u|z` as the table says
+    (:class:`~cellweave.objective.PopulationPrior`), and the measured markers :math:`x = f^{-1}(u|c)` with covariates
+    :math:`c`. The flow :math:`f` (:class:`~cellweave.nn.CouplingFlow`) keeps the markers: coordinate :math:`m` of the
+    latent space is marker :math:`m`, -1 negative and 1 positive. Training minimises
+
+    .. math::
+        -\frac{1}{N}\sum_n \left[\log\sum_z \pi_z\,p(f(x_n|c_n)|z) + \log|\det J_f(x_n|c_n)|\right].
+
+    Parameter names and shapes of the flow and of ``pi_logit`` are the published ones.
+
+    Parameters
+    ----------
+    rho
+        Table ``(population, marker)``: -1 negative, 1 positive, NaN for unknown.
+    n_covariates
+        Number of covariates.
+    continuum
+        True for markers without two separate modes, ``(marker,)``; their modes stand at a fifth of the table's values.
+    n_hidden
+        Width of the hidden layers of the scale and shift networks.
+    n_hidden_layers
+        Hidden layers of these networks between the first and the last linear layer.
+    n_layers
+        Number of coupling layers.
+    prior_std
+        Standard deviation of a latent marker around its mode.
+    temperature
+        :math:`T > 0` of the steps in which :attr:`tempered` is on: population weights :math:`\propto \pi^{-1/T}`, so that
+        small populations are favoured.
+    covariate_scale
+        Factor on all covariates; the published model has 100.
+    identity_init
+        Start with the identity as flow; the published model starts with torch's random weights.
+
+    Attributes
+    ----------
+    tempered
+        While on, training steps use the temperature. Who trains switches it between epochs; evaluation never uses it.
+
+    References
+    ----------
+    Blampey et al., *A biology-driven deep generative model for cell-type annotation in cytometry*, Briefings in
+    Bioinformatics, bbad260 (2023).
+    """
+
+    def __init__(
+        self,
+        rho: Tensor,
+        n_covariates: int = 0,
+        continuum: Tensor | None = None,
+        n_hidden: int = 16,
+        n_hidden_layers: int = 6,
+        n_layers: int = 7,
+        prior_std: float = 0.3,
+        temperature: float = 0.5,
+        covariate_scale: float = 100.0,
+        identity_init: bool = False,
+    ) -> None:
+        super().__init__()
+        sizes = {"n_covariates": (n_covariates, 0), "n_hidden": (n_hidden, 1), "n_layers": (n_layers, 1)}
+        for name, (size, least) in {**sizes, "n_hidden_layers": (n_hidden_layers, 0)}.items():
+            if size < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {size}.")
+        if not temperature > 0:
+            raise ValueError(f"`temperature` must be above 0, got {temperature}.")
+        rho = torch.as_tensor(rho, dtype=torch.get_default_dtype())
+        self.prior = PopulationPrior(rho, prior_std, None if continuum is None else torch.as_tensor(continuum))
+        self.n_populations, self.n_markers = rho.shape
+        self.n_covariates, self.temperature, self.tempered = n_covariates, temperature, False
+        self.pi_logit = nn.Parameter(torch.zeros(self.n_populations))
+        self.real_nvp = CouplingFlow(
+            self.n_markers, n_covariates, n_hidden, n_hidden_layers, n_layers, covariate_scale, identity_init
+        )
+        self.objectives = (MixtureLikelihood(), LogDeterminant())
+
+    # ---------------------------------------------------------------- the flow and the population weights
+
+    def to_latent(self, x: Tensor, covariates: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Latent markers :math:`u = f(x|c)` ``(cell, marker)`` and :math:`\log|\det J|` ``(cell,)``.
+
+        Parameters
+        ----------
+        x
+            Measured markers ``(cell, marker)``.
+        covariates
+            Covariates ``(cell, covariate)``; may be left out if the module has none.
+        """
+        return self.real_nvp(x, covariates)
+
+    def to_expression(self, u: Tensor, covariates: Tensor | None = None) -> Tensor:
+        r"""Measured markers :math:`x = f^{-1}(u|c)` ``(cell, marker)``.
+
+        The latent markers of a cell and the covariates of another batch give the cell as that batch would show it.
+
+        Parameters
+        ----------
+        u
+            Latent markers ``(cell, marker)``.
+        covariates
+            Covariates ``(cell, covariate)``; may be left out if the module has none.
+        """
+        return self.real_nvp.inverse(u, covariates)
+
+    def log_pi(self, tempered: bool = False) -> Tensor:
+        r"""Logarithm of the population weights ``(population,)``.
+
+        Parameters
+        ----------
+        tempered
+            Weights :math:`\propto \pi^{-1/T}` instead. They are constants: no gradient reaches :math:`\pi`.
+        """
+        logits = _PI_LOGIT_SCALE * self.pi_logit
+        if tempered:
+            logits = logits.detach() / -self.temperature
+        return logits.log_softmax(-1)
+
+    @property
+    def population_weights(self) -> Tensor:
+        r"""Population weights :math:`\pi` ``(population,)``, without gradient."""
+        return self.log_pi().detach().exp()
+
+    @torch.no_grad()
+    @auto_move_data
+    def annotate(self, u: Tensor) -> ScyanAnnotation:
+        """Posterior over populations and log density of latent cells; the temperature plays no part.
+
+        Parameters
+        ----------
+        u
+            Latent markers ``(cell, marker)``.
+        """
+        log_prob, log_pi = self.prior.log_prob(u), self.log_pi()
+        joint = log_prob.contrast + log_pi
+        best = joint.argmax(-1)
+        log_joint = log_prob.common + joint.gather(-1, best[:, None])[:, 0]
+        return ScyanAnnotation(population_posterior(log_prob, log_pi), best, log_joint, log_joint - log_pi[best])
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n_samples: int,
+        covariates: Tensor | None = None,
+        populations: Tensor | None = None,
+        generator: Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        r"""Draw cells: measured markers ``(cell, marker)`` and the population of each cell ``(cell,)``.
+
+        Parameters
+        ----------
+        n_samples
+            Number of cells.
+        covariates
+            Covariates ``(cell, covariate)`` of the cells; needed if the module has covariates.
+        populations
+            Population of each cell, ``(cell,)``; drawn from :math:`\pi` by default.
+        generator
+            Source of all draws, on the CPU; the global one by default.
+
+        Raises
+        ------
+        ValueError
+            If ``populations`` or ``covariates`` do not fit.
+        """
+        if populations is None:
+            weights = self.population_weights.cpu()
+            populations = torch.multinomial(weights, n_samples, replacement=True, generator=generator)
+        self._check_populations(populations, n_samples)
+        u = self.prior.latent_cells(populations, *self.prior.draw_noise(n_samples, generator))
+        return self.to_expression(u, None if covariates is None else covariates.to(u)), populations
+
+    def _check_populations(self, populations: Tensor, n_samples: int) -> None:
+        if populations.shape != (n_samples,):
+            raise ValueError(
+                f"`populations` must name one population for each of the {n_samples} samples, got shape "
+                f"{tuple(populations.shape)}."
+            )
+        wrong = (populations < 0) | (populations >= self.n_populations)
+        if bool(wrong.any()):
+            first = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"`populations` holds {int(wrong.sum())} numbers outside 0 to {self.n_populations - 1}, the first is "
+                f"{int(populations[first])} at position {first}."
+            )
+
+    # ---------------------------------------------------------------- scvi-tools protocol
+
+    def _get_inference_input(self, tensors: dict[str, Any], **_: Any) -> dict[str, Any]:
+        return {"x": tensors[REGISTRY_KEYS.X], "covariates": tensors.get(REGISTRY_KEYS.COVARIATES)}
+
+    @auto_move_data
+    def inference(self, x: Tensor, covariates: Tensor | None = None) -> dict[str, Tensor]:
+        """Latent markers ``u`` ``(cell, marker)`` and ``log_det`` ``(cell,)``; ``x`` may be sparse."""
+        x = x.to_dense() if x.layout != torch.strided else x
+        u, log_det = self.to_latent(x, covariates)
+        return {"u": u, "log_det": log_det}
+
+    def _get_generative_input(self, tensors: dict[str, Any], inference_outputs: dict[str, Tensor]) -> dict[str, Any]:
+        return {"u": inference_outputs["u"]}
+
+    @auto_move_data
+    def generative(self, u: Tensor) -> dict[str, Tensor]:
+        """The two parts of the log density under each population, see :class:`PopulationLogProb`."""
+        log_prob: PopulationLogProb = self.prior.log_prob(u)
+        return {"log_prob_common": log_prob.common, "log_prob_contrast": log_prob.contrast}
+
+    def loss(
+        self,
+        tensors: dict[str, Any],
+        inference_outputs: dict[str, Tensor],
+        generative_outputs: dict[str, Tensor],
+    ) -> LossOutput:
+        """Weighted sum of the objectives; every raw term is reported, and the entropy of the population weights."""
+        log_det = inference_outputs["log_det"]
+        valid = tensors.get(LOADER_KEYS.VALID)
+        valid = torch.ones_like(log_det) if valid is None else valid.to(log_det)
+        outputs = {**inference_outputs, **generative_outputs, "valid": valid}
+        outputs["log_pi"] = self.log_pi(tempered=self.training and self.tempered)
+        outputs.update(step_outputs(tensors))
+        terms = {objective.name: objective(outputs) for objective in self.objectives}
+        loss = torch.stack([o.weight * terms[o.name] for o in self.objectives]).sum()
+        terms["pi_entropy"] = torch.special.entr(self.population_weights).sum()
+        return LossOutput(
+            loss=loss,
+            n_obs_minibatch=tensors.get(LOADER_KEYS.N_VALID, len(log_det)),
+            extra_metrics={name: value.detach() for name, value in terms.items()},
+        )
