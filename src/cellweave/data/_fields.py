@@ -21,7 +21,7 @@ class CategoryObsField(CategoricalObsField):
         """Register the column; unused categories stay in ``obs`` but get no code."""
         state = super().register_field(adata)
         used, codes = np.unique(adata.obs[self.attr_key], return_inverse=True)
-        adata.obs[self.attr_key] = codes
+        adata.obs[self.attr_key] = codes.astype(np.min_scalar_type(len(used)))
         return {**state, self.CATEGORICAL_MAPPING_KEY: state[self.CATEGORICAL_MAPPING_KEY][used]}
 
     def transfer_field(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
@@ -87,8 +87,10 @@ class CellSetDataset(Dataset):
             if len(buffer.kept):
                 kept, position = _find(buffer.kept, buffer.rows, block, held)
                 held = buffer.kept, kept[position]
+                del kept
             else:
                 held = None
+            del block  # or it would stay until the next one is there, while the one after that is being read
 
     def _tensor(self, x: Any, rows: NDArray[np.int64]) -> Tensor:
         """Rows of a matrix in memory as a float32 tensor: CSR, or dense."""
@@ -224,14 +226,17 @@ def chosen_block_size(block_size: int | Literal["auto"] | None, on_disk: bool) -
 def _read_ahead(buffers: Iterable[Buffer], read: Callable[[NDArray[np.int64]], Any]) -> Iterator[tuple[Buffer, Any]]:
     """Every buffer with what ``read`` gives for its rows, one read ahead of the consumer."""
     with ThreadPoolExecutor(1, thread_name_prefix="cellweave-reader") as pool:
-        ahead: tuple[Buffer, Future] | None = None
-        for buffer in buffers:
-            following = (buffer, pool.submit(read, buffer.rows))
-            if ahead is not None:
-                yield ahead[0], ahead[1].result()
-            ahead = following
-        if ahead is not None:
-            yield ahead[0], ahead[1].result()
+        waiting = iter(buffers)
+        buffer = next(waiting, None)
+        future = None if buffer is None else pool.submit(read, buffer.rows)
+        while buffer is not None and future is not None:
+            block = future.result()
+            following = next(waiting, None)
+            # the future would keep the block that it read
+            future = None if following is None else pool.submit(read, following.rows)
+            yield buffer, block
+            del block
+            buffer = following
 
 
 def _find(

@@ -43,8 +43,7 @@ class CellStore(AnnData):
 
     def __init__(self, rows: Rows, obs: pd.DataFrame, var: pd.DataFrame, paths: Sequence[Path]) -> None:
         super().__init__(obs=obs, var=var)
-        # AnnData has looked whether names are unique, which leaves a hash table of them in the index object
-        self.obs.index = pd.Index(self.obs.index.array, name=self.obs.index.name)
+        self.forget_lookups()
         self.rows = rows
         self.paths = list(paths)
 
@@ -57,6 +56,10 @@ class CellStore(AnnData):
     def X(self, value: Any) -> None:
         if value is not None:
             raise ValueError("The counts of a CellStore are on disk and cannot be replaced; use `to_memory()` first.")
+
+    def forget_lookups(self) -> None:
+        """Free the hash table of all cell names that pandas makes when it is asked for one of them, and then keeps."""
+        self.obs.index = pd.Index(self.obs.index.array, name=self.obs.index.name)
 
     def __repr__(self) -> str:
         names = ", ".join(path.name for path in self.paths[:3]) + (", ..." if len(self.paths) > 3 else "")
@@ -285,7 +288,7 @@ def _read_part(path: Path, layer: str | None, obs_columns: Sequence[str] | None)
     missing = [name for name in obs_columns or () if name not in obs]
     if missing:
         raise KeyError(f"`obs_columns` names {missing[0]!r}, which `obs` of `{path}` lacks.")
-    obs.index, var.index = obs.index.astype(str), var.index.astype(str)
+    obs.index, var.index = _as_text(obs.index), _as_text(var.index)
     rows = DiskRows(root[where], f"`{where}` of `{path}`")
     if rows.shape != (len(obs), len(var)):
         raise OSError(
@@ -293,6 +296,11 @@ def _read_part(path: Path, layer: str | None, obs_columns: Sequence[str] | None)
             "restore it from a copy."
         )
     return Part(rows, obs, var, f"`{path}`")
+
+
+def _as_text(index: pd.Index) -> pd.Index:
+    """The index as texts, itself where it holds nothing else."""
+    return index if pd.api.types.infer_dtype(index, skipna=False) == "string" else index.astype(str)
 
 
 def _open(path: Path) -> Any:

@@ -14,6 +14,7 @@ from cellweave._keys import REGISTRY_KEYS
 from cellweave._types import AnnOrMuData
 from cellweave.data import (
     CategoryObsField,
+    CellStore,
     GroupObsField,
     MuDataCategoryObsField,
     MuDataGroupObsField,
@@ -85,6 +86,8 @@ class CountsSetupMixin:
         ]
         manager = AnnDataManager(fields=fields, setup_method_args=setup_method_args)
         manager.register_fields(adata, **kwargs)
+        if isinstance(adata, CellStore):
+            adata.forget_lookups()
         cls.register_manager(manager)
 
     @classmethod
