@@ -25,8 +25,6 @@ LATER = {
 # Rows whose tests stand beside the code that they check, not in this folder: row -> file::test.
 ELSEWHERE = {
     37: "io/test_interrupted_saves.py::test_failed_save_keeps_the_old_model_and_cleans_up",
-    45: "train/test_plan.py::test_loss_that_is_not_finite_stops_with_one_sentence",
-    46: "train/test_training.py::test_interrupted_training_is_truthful",
     47: "io/test_interrupted_saves.py::test_killed_save_leaves_a_loadable_model",
     48: "io/test_model_files.py::test_crafted_pickle_named_model_pt_is_not_executed",
     49: "io/test_model_files.py::test_every_flipped_bit_is_noticed",

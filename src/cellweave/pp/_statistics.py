@@ -55,9 +55,10 @@ def gene_moments(adata: AnnData, layer: str | None = None, ddof: int = 1) -> pd.
 
 def _of_rows(x: Any) -> Any:
     rows = row_source(x)
-    starts = range(0, rows.shape[0], _CHUNK)
-    for start in track(starts, description="Summarising genes", style="tqdm", disable=len(starts) < 8):
-        yield _of_block(rows.read(start, min(start + _CHUNK, rows.shape[0])))
+    n_chunks = -(-rows.shape[0] // _CHUNK)
+    chunks = rows.chunks(_CHUNK)
+    for _, block in track(chunks, description="Summarising genes", style="tqdm", disable=n_chunks < 8, total=n_chunks):
+        yield _of_block(block)
 
 
 def _of_dask(x: Any) -> list[Moments]:
