@@ -14,7 +14,10 @@ class _RegistryKeys(NamedTuple):
     BATCH: str = "batch"
     LABELS: str = "labels"
     CONTEXT: str = "context"
+    CATEGORIES: str = "extra_categorical_covs"  # int64 (cell, column): codes of categorical covariates
+    CONTINUOUS: str = "extra_continuous_covs"  # float (cell, column): continuous covariates
     COVARIATES: str = "covariates"  # float (cell, covariate): one-hot categories, then standardised columns
+    MEASURED: str = "measured"  # (cell, gene): 0 where a marker was not measured
 
 
 class _LoaderKeys(NamedTuple):

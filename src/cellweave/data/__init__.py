@@ -1,5 +1,6 @@
 """From AnnData to tensors: checks, gene alignment, contexts, loaders."""
 
+from ._columns import take_columns
 from ._fields import CategoryObsField, GroupObsField, MuDataCategoryObsField, MuDataGroupObsField
 from ._genes import align_genes, match_genes
 from ._loader import CellSetDataset, CellSetLoader, gene_shares
@@ -17,6 +18,7 @@ from ._validate import (
     looks_like_counts,
     warn_small_data,
 )
+from ._validate_markers import check_intensities, check_measured, find_markers
 
 # `CellStore` is public as `cellweave.io.CellStore`; a class can have one place in the API reference only.
 __all__ = [
@@ -37,9 +39,12 @@ __all__ = [
     "check_cells",
     "check_counts",
     "check_groups",
+    "check_intensities",
     "check_known",
+    "check_measured",
     "check_names",
     "draw_contexts",
+    "find_markers",
     "gene_shares",
     "get_counts",
     "join_parts",
@@ -48,5 +53,6 @@ __all__ = [
     "open_store",
     "row_source",
     "split_cells",
+    "take_columns",
     "warn_small_data",
 ]

@@ -22,7 +22,7 @@ from cellweave._types import ContextRule
 
 from ._annbatch import AnnbatchRows
 from ._densify import dense_rows
-from ._rows import MemoryRows, row_source, stack
+from ._rows import MemoryRows, column_rows, row_source, stack
 from ._sampler import BUFFER_SIZE, Buffer, CellSetSampler
 
 __all__ = ["CellSetDataset", "CellSetLoader", "chosen_block_size", "gene_shares"]
@@ -42,25 +42,34 @@ class CellSetDataset(Dataset):
         Manager of the registered object.
     load_sparse_tensor
         Give sparse counts as CSR tensors, to be densified on the device; dense otherwise.
+    columns
+        Positions of the columns to read, ``(marker,)``, for models of a few markers; all by default. In memory they are
+        taken once, as a dense float32 matrix, unless the registered one already is that.
     """
 
-    def __init__(self, adata_manager: AnnDataManager, load_sparse_tensor: bool = False) -> None:
+    def __init__(
+        self,
+        adata_manager: AnnDataManager,
+        load_sparse_tensor: bool = False,
+        columns: NDArray[np.int64] | None = None,
+    ) -> None:
+        registered = adata_manager.data_registry
         x = adata_manager.get_from_registry(REGISTRY_KEYS.X)
-        if sp.issparse(x) and x.format != "csr":
+        if columns is not None:
+            has_mask = REGISTRY_KEYS.MEASURED in registered
+            x = column_rows(x, columns, adata_manager.get_from_registry(REGISTRY_KEYS.MEASURED) if has_mask else None)
+        elif sp.issparse(x) and x.format != "csr":
             logger.info("Converting %s counts to CSR once; store them as CSR to save this.", x.format.upper())
         self.x = row_source(x)
-        self.codes = {
-            key: _codes(adata_manager.get_from_registry(key))
-            for key in adata_manager.data_registry
-            if key != REGISTRY_KEYS.X
-        }
+        matrices = (REGISTRY_KEYS.X, REGISTRY_KEYS.MEASURED)
+        self.codes = {key: _codes(adata_manager.get_from_registry(key)) for key in registered if key not in matrices}
         self.load_sparse_tensor = load_sparse_tensor
 
     def __len__(self) -> int:
         return self.x.shape[0]
 
     def __getitem__(self, sample: tuple[NDArray[np.int64], NDArray[np.bool_]]) -> dict[str, Any]:
-        """Batch for ``(rows, valid)``: counts float32 ``(cell, gene)``, codes int64 ``(cell, 1)``, rows and validity."""
+        """Batch for ``(rows, valid)``: values float32 ``(cell, gene)``, ``obs`` columns ``(cell, column)``, rows, validity."""
         rows, valid = sample
         if isinstance(self.x, MemoryRows):
             return self._batch(rows, valid, self._tensor(self.x.x, rows))
@@ -137,6 +146,10 @@ class CellSetLoader(DataLoader):
         with None. By default data on disk are read in blocks and data in memory are not.
     buffer_size
         Cells that are read together, when there are blocks.
+    max_cells
+        Cells per epoch at most, others in every epoch; all by default.
+    columns
+        Positions of the columns to read; see :class:`CellSetDataset`.
     **kwargs
         Passed to :class:`torch.utils.data.DataLoader`. Data on disk are read ahead in a thread of this process;
         ``num_workers`` has no effect on them.
@@ -157,9 +170,11 @@ class CellSetLoader(DataLoader):
         distributed_sampler: bool = False,
         block_size: int | Literal["auto"] | None = "auto",
         buffer_size: int = BUFFER_SIZE,
+        max_cells: int | None = None,
+        columns: NDArray[np.int64] | None = None,
         **kwargs: Any,
     ) -> None:
-        dataset = CellSetDataset(adata_manager, load_sparse_tensor)
+        dataset = CellSetDataset(adata_manager, load_sparse_tensor, columns)
         rows = np.arange(len(dataset)) if indices is None else np.asarray(indices, dtype=np.int64)
         groups = np.zeros(len(rows), dtype=np.int64)
         if by_context and REGISTRY_KEYS.CONTEXT in dataset.codes:
@@ -175,6 +190,7 @@ class CellSetLoader(DataLoader):
             distributed=distributed_sampler,
             block_size=chosen_block_size(block_size, dataset.x.on_disk),
             buffer_size=buffer_size,
+            max_cells=max_cells,
         )
         self.reads_ahead = dataset.x.on_disk and block_size is not None
         if self.reads_ahead and sampler.is_scattered:
@@ -212,9 +228,11 @@ class _WithContextSize(Dataset):
 
 
 def _codes(values: Any) -> Tensor:
-    """Codes int64 ``(cell, 1)``; a column that is the same in all cells takes no memory."""
+    """Columns of ``obs`` ``(cell, column)``: codes int64, numbers float32; what is the same in all cells takes no memory."""
+    values = np.asarray(values)
     # np.array copies: pandas 3 gives read-only arrays, which torch wraps with a warning about undefined behaviour
-    codes = torch.from_numpy(np.array(values, dtype=np.int64).reshape(-1, 1))
+    columns = np.array(values, dtype=np.float32 if values.dtype.kind == "f" else np.int64)
+    codes = torch.from_numpy(columns.reshape(len(values), -1))
     return codes[:1].clone().expand_as(codes) if len(codes) and (codes == codes[0]).all() else codes
 
 

@@ -16,7 +16,17 @@ from scvi import settings
 from ._columns import take_columns
 from ._raw import RawArray, raw_array
 
-__all__ = ["DiskRows", "MemoryRows", "Rows", "StackedRows", "as_csr", "is_on_disk", "row_source", "stack"]
+__all__ = [
+    "DiskRows",
+    "MemoryRows",
+    "Rows",
+    "StackedRows",
+    "as_csr",
+    "column_rows",
+    "is_on_disk",
+    "row_source",
+    "stack",
+]
 
 # A gap of at most this many unwanted rows is read through: one longer read costs less than two.
 _GAP = 16
@@ -263,6 +273,30 @@ def row_source(x: Any, name: str = "the counts") -> Rows:
     if isinstance(x, CSCDataset) or hasattr(x, "compute"):
         return _SlicedRows(x)
     return DiskRows(x, _file_name(x, name))
+
+
+def column_rows(x: Any, columns: NDArray[np.int64], measured: Any | None = None) -> Rows:
+    """Rows of a few columns of ``x``; in memory a dense float32 matrix, without a copy where ``x`` is that already.
+
+    Parameters
+    ----------
+    x
+        Matrix ``(cell, column)``.
+    columns
+        Positions of the wanted columns.
+    measured
+        Matrix of the shape of ``x`` in memory, 0 where a value was not measured: it becomes NaN.
+    """
+    in_order = np.array_equal(columns, np.arange(x.shape[1]))
+    if is_on_disk(x):
+        return row_source(x) if in_order else StackedRows([row_source(x)], [columns])
+    block = x if in_order else x[:, columns]
+    block = block.toarray() if sp.issparse(block) else np.asarray(block)
+    block = np.ascontiguousarray(block, dtype=np.float32)
+    if measured is not None:
+        mask = measured[:, columns]
+        block = np.where((mask.toarray() if sp.issparse(mask) else np.asarray(mask)) == 0, np.float32(np.nan), block)
+    return MemoryRows(block)
 
 
 def is_on_disk(x: Any) -> bool:

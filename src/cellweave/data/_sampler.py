@@ -123,6 +123,9 @@ class CellSetSampler(DistributedSampler):
         Cells of a block, rounded up to whole contexts.
     buffer_size
         Cells of a buffer, rounded to whole blocks (at least one).
+    max_cells
+        Cells to visit per epoch at most (of all ranks, rounded up to whole contexts); all by default. With ``shuffle``
+        every epoch visits others.
 
     Attributes
     ----------
@@ -132,7 +135,7 @@ class CellSetSampler(DistributedSampler):
     Raises
     ------
     ValueError
-        If ``n_cells``, ``block_size`` or ``buffer_size`` is not positive.
+        If ``n_cells``, ``block_size``, ``buffer_size`` or ``max_cells`` is not positive.
     """
 
     def __init__(
@@ -148,8 +151,10 @@ class CellSetSampler(DistributedSampler):
         distributed: bool = False,
         block_size: int | None = None,
         buffer_size: int = BUFFER_SIZE,
+        max_cells: int | None = None,
     ) -> None:
         sizes = {"n_cells": n_cells, "block_size": block_size or 1, "buffer_size": buffer_size}
+        sizes["max_cells"] = 1 if max_cells is None else max_cells
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {size}.")
@@ -171,6 +176,8 @@ class CellSetSampler(DistributedSampler):
         else:
             n_contexts = _n_contexts(np.unique(self.groups, return_counts=True)[1], n_cells)
             self.n_contexts_per_rank = -(-n_contexts // self.num_replicas)
+        if max_cells is not None:
+            self.n_contexts_per_rank = min(self.n_contexts_per_rank, -(-max_cells // (n_cells * self.num_replicas)))
 
     def __len__(self) -> int:
         """Number of batches of this rank, the same on every rank and in every epoch."""
@@ -216,11 +223,13 @@ class CellSetSampler(DistributedSampler):
         rng = np.random.default_rng([self.seed, self.epoch if self.shuffle else 0, 1 + self.rank])
         for i, position in enumerate(members):
             drawn = draw_contexts(self.rows[position], self.groups[position], self.n_cells, rng, self.rule)
-            contexts, is_last = self._shuffled(drawn, rng), i + 1 == len(members)
+            contexts, is_last = self._shuffled(drawn, rng), i + 1 == len(members) or n_left <= len(drawn.rows)
+            if is_last:
+                contexts = _extended(contexts, n_left)
             n_left -= len(contexts.rows)
-            if is_last and n_left:
-                contexts = _extended(contexts, len(contexts.rows) + n_left)
             yield np.sort(self.rows[position]), contexts, is_last
+            if is_last:
+                return
 
     def _shuffled(self, contexts: Contexts, rng: np.random.Generator) -> Contexts:
         if not self.shuffle:
@@ -229,7 +238,7 @@ class CellSetSampler(DistributedSampler):
         return Contexts(contexts.rows[order], contexts.valid[order])
 
     def _share(self, contexts: Contexts) -> Contexts:
-        """The contexts of this rank; repeated ones, which even out the ranks, carry no valid cell."""
+        """The contexts of this rank in this epoch; repeated ones, which even out the ranks, carry no valid cell."""
         rows, valid = _extended(contexts, self.n_contexts_per_rank * self.num_replicas)
         return Contexts(rows[self.rank :: self.num_replicas], valid[self.rank :: self.num_replicas])
 
@@ -307,7 +316,7 @@ def _n_contexts(sizes: NDArray[np.integer], n_cells: int) -> int:
 
 
 def _extended(contexts: Contexts, length: int) -> Contexts:
-    """``contexts`` repeated up to ``length``; repetitions hold no valid cell."""
+    """``contexts`` cut or repeated to ``length``; repetitions hold no valid cell."""
     is_extra = np.arange(length) >= len(contexts.rows)
     rows = np.resize(contexts.rows, (length, contexts.rows.shape[1]))
     valid = np.resize(contexts.valid, (length, contexts.valid.shape[1]))

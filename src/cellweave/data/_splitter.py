@@ -101,6 +101,8 @@ class CellSetSplitter(LightningDataModule):
         See :class:`CellSetLoader`. Blocks stay whole when more cells than ``buffer_size`` are split by cell.
     buffer_size
         Cells that are read together, when there are blocks.
+    max_cells
+        Training cells per epoch at most, others in every epoch; all by default.
     **loader_kwargs
         Passed to the loaders.
 
@@ -126,9 +128,11 @@ class CellSetSplitter(LightningDataModule):
         split_by: Literal["cell", "context"] = "cell",
         block_size: int | Literal["auto"] | None = "auto",
         buffer_size: int = BUFFER_SIZE,
+        max_cells: int | None = None,
         **loader_kwargs: Any,
     ) -> None:
         super().__init__()
+        self.max_cells = max_cells
         if distributed_sampler and settings.seed is None:
             raise ValueError(
                 "Training on several devices needs `scvi.settings.seed`: without it each process would split the cells differently."
@@ -138,7 +142,7 @@ class CellSetSplitter(LightningDataModule):
         self.adata_manager = adata_manager
         self.seed = settings.seed if settings.seed is not None else secrets.randbits(32)
         self.train_size, validation_size = _check_sizes(train_size, validation_size)
-        groups = np.asarray(adata_manager.get_from_registry(REGISTRY_KEYS.CONTEXT)).ravel()
+        groups = _groups(adata_manager)
         if split_by == "context" and len(np.unique(groups)) < 2:
             raise ValueError("`split_by='context'` needs at least two groups; set `context_key` in `setup_anndata`.")
         rng = np.random.default_rng(self.seed) if shuffle_set_split else _InOrder()
@@ -174,7 +178,9 @@ class CellSetSplitter(LightningDataModule):
 
     def train_dataloader(self) -> CellSetLoader:
         """Contexts of training cells, new ones every epoch."""
-        return CellSetLoader(self.adata_manager, self.train_idx, shuffle=True, **self.data_loader_kwargs)
+        return CellSetLoader(
+            self.adata_manager, self.train_idx, shuffle=True, max_cells=self.max_cells, **self.data_loader_kwargs
+        )
 
     def val_dataloader(self) -> CellSetLoader | list[Any]:
         """Fixed contexts of validation cells; an empty list when there are none."""
@@ -186,6 +192,13 @@ class CellSetSplitter(LightningDataModule):
 
     def _fixed(self, rows: NDArray[np.int64]) -> CellSetLoader | list[Any]:
         return CellSetLoader(self.adata_manager, rows, shuffle=False, **self.data_loader_kwargs) if len(rows) else []
+
+
+def _groups(adata_manager: AnnDataManager) -> NDArray[np.integer]:
+    """Context group of each cell ``(cell,)``; the same for all where the model has no contexts."""
+    if REGISTRY_KEYS.CONTEXT not in adata_manager.data_registry:
+        return np.zeros(adata_manager.adata.n_obs, dtype=np.int64)
+    return np.asarray(adata_manager.get_from_registry(REGISTRY_KEYS.CONTEXT)).ravel()
 
 
 class _Permuter(Protocol):

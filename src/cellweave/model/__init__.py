@@ -1,5 +1,6 @@
 """User-facing models: one class per family."""
 
+from ._scyan import ScyanModel
 from ._stack import StackModel
 
-__all__ = ["StackModel"]
+__all__ = ["ScyanModel", "StackModel"]

@@ -47,8 +47,7 @@ class ContextInferenceMixin:
         mean: NDArray[np.float32] = np.zeros(0, dtype=np.float32)
         squares = mean
         for repeat in range(n_repeats):
-            out: NDArray[np.float32] = np.zeros((0, 0), dtype=np.float32)
-            batches = self._computed(
+            out = self._collected(
                 adata,
                 rows,
                 compute,
@@ -59,10 +58,6 @@ class ContextInferenceMixin:
                 rule=rule,
                 by_context=by_context,
             )
-            for done, values in batches:
-                if out.size == 0:
-                    out = np.empty((len(rows), values.shape[1]), dtype=np.float32)
-                out[np.searchsorted(rows, done)] = values
             if repeat == 0:
                 mean, squares = out, np.zeros_like(out)
             else:  # Welford's update: stable, one array per moment
@@ -70,6 +65,17 @@ class ContextInferenceMixin:
                 mean = mean + delta / np.float32(repeat + 1)
                 squares = squares + delta * (out - mean)
         return mean, np.sqrt(squares / np.float32(max(1, n_repeats - 1)))
+
+    def _collected(
+        self, adata: AnnOrMuData, rows: NDArray[np.int64], *args: Any, **contexts: Any
+    ) -> NDArray[np.float32]:
+        """Values of :meth:`_computed`, which has the same arguments, in the order of ``rows`` (sorted, unique)."""
+        out: NDArray[np.float32] = np.zeros((0, 0), dtype=np.float32)
+        for done, values in self._computed(adata, rows, *args, **contexts):
+            if out.size == 0:
+                out = np.empty((len(rows), values.shape[1]), dtype=np.float32)
+            out[np.searchsorted(rows, done)] = values
+        return out
 
     def _computed(
         self,
@@ -89,10 +95,11 @@ class ContextInferenceMixin:
             n_cells=n_cells,
             batch_size=max(settings.batch_size, 4 * n_cells) if batch_size is None else batch_size,
             load_sparse_tensor=torch.device(self.device).type != "cpu",
+            **self._loader_options(adata),
             **contexts,
         )
         self.module.eval()
-        silent = len(loader) < 8  # a bar for work that takes a moment is noise
+        silent = len(loader) < (8 if n_cells > 1 else 100)  # a bar for work that takes a moment is noise
         for batch in track(loader, description=description, disable=silent, style="tqdm"):
             batch = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
             with torch.inference_mode():
@@ -122,6 +129,10 @@ class ContextInferenceMixin:
             for rows, values in batches:
                 writer.write(rows, values[:, known])
         return open_store(store.paths[0], layer=key, obs_columns=[])
+
+    def _loader_options(self, adata: AnnOrMuData) -> dict[str, Any]:
+        """Hook: what the loaders of this model need beyond contexts."""
+        return {}
 
     @staticmethod
     def _rows(adata: AnnOrMuData, indices: Indices | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple, cast
 
 import torch
 from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
 from torch import Generator, Tensor, nn
 
-from cellweave._keys import LOADER_KEYS, REGISTRY_KEYS
-from cellweave.nn import CouplingFlow
+from cellweave._keys import LOADER_KEYS, REGISTRY_KEYS, STEP_KEYS
+from cellweave.nn import CouplingFlow, CouplingLayer, CovariateEncoder
 from cellweave.objective import (
+    LabelCrossEntropy,
     LogDeterminant,
     MixtureLikelihood,
+    Objective,
     PopulationLogProb,
     PopulationPrior,
     population_posterior,
@@ -52,7 +55,9 @@ class ScyanModule(BaseModuleClass):
     rho
         Table ``(population, marker)``: -1 negative, 1 positive, NaN for unknown.
     n_covariates
-        Number of covariates.
+        Number of covariates, when tensors bring them as one matrix.
+    covariates
+        Makes that matrix from batch, categorical and continuous covariates; overrides ``n_covariates``.
     continuum
         True for markers without two separate modes, ``(marker,)``; their modes stand at a fifth of the table's values.
     n_hidden
@@ -66,6 +71,8 @@ class ScyanModule(BaseModuleClass):
     temperature
         :math:`T > 0` of the steps in which :attr:`tempered` is on: population weights :math:`\propto \pi^{-1/T}`, so that
         small populations are favoured.
+    temperature_period
+        Of this many epochs the first has no temperature and the others have; 1 never uses it. See :meth:`start_epoch`.
     covariate_scale
         Factor on all covariates; the published model has 100.
     identity_init
@@ -74,7 +81,7 @@ class ScyanModule(BaseModuleClass):
     Attributes
     ----------
     tempered
-        While on, training steps use the temperature. Who trains switches it between epochs; evaluation never uses it.
+        While on, training steps use the temperature; evaluation never does. :meth:`start_epoch` switches it.
 
     References
     ----------
@@ -92,12 +99,16 @@ class ScyanModule(BaseModuleClass):
         n_layers: int = 7,
         prior_std: float = 0.3,
         temperature: float = 0.5,
+        temperature_period: int = 3,
         covariate_scale: float = 100.0,
         identity_init: bool = False,
+        covariates: CovariateEncoder | None = None,
     ) -> None:
         super().__init__()
+        n_covariates = n_covariates if covariates is None else covariates.n_covariates
         sizes = {"n_covariates": (n_covariates, 0), "n_hidden": (n_hidden, 1), "n_layers": (n_layers, 1)}
-        for name, (size, least) in {**sizes, "n_hidden_layers": (n_hidden_layers, 0)}.items():
+        sizes |= {"n_hidden_layers": (n_hidden_layers, 0), "temperature_period": (temperature_period, 1)}
+        for name, (size, least) in sizes.items():
             if size < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {size}.")
         if not temperature > 0:
@@ -105,12 +116,31 @@ class ScyanModule(BaseModuleClass):
         rho = torch.as_tensor(rho, dtype=torch.get_default_dtype())
         self.prior = PopulationPrior(rho, prior_std, None if continuum is None else torch.as_tensor(continuum))
         self.n_populations, self.n_markers = rho.shape
-        self.n_covariates, self.temperature, self.tempered = n_covariates, temperature, False
+        self.n_covariates, self.covariates = n_covariates, covariates
+        self.temperature, self.temperature_period, self.tempered = temperature, temperature_period, False
         self.pi_logit = nn.Parameter(torch.zeros(self.n_populations))
         self.real_nvp = CouplingFlow(
             self.n_markers, n_covariates, n_hidden, n_hidden_layers, n_layers, covariate_scale, identity_init
         )
-        self.objectives = (MixtureLikelihood(), LogDeterminant())
+        for layer in cast("Iterable[CouplingLayer]", self.real_nvp.module_list):
+            layer.requires_grad_(len(layer.transformed) > 0)  # with fewer than three markers some transform none
+        self.objectives: tuple[Objective, ...] = (MixtureLikelihood(), LogDeterminant())
+        self.register_buffer("label_sets", None)
+
+    def use_labels(self, label_sets: Tensor, weight: float, share: float) -> None:
+        """Train on labelled cells too, see :class:`~cellweave.objective.LabelCrossEntropy`.
+
+        Parameters
+        ----------
+        label_sets
+            Populations that each label allows, bool ``(label, population)``.
+        weight
+            Weight of the term.
+        share
+            Share of labelled cells among the training cells.
+        """
+        self.label_sets = label_sets
+        self.objectives += (LabelCrossEntropy(weight, share),)
 
     # ---------------------------------------------------------------- the flow and the population weights
 
@@ -223,8 +253,31 @@ class ScyanModule(BaseModuleClass):
 
     # ---------------------------------------------------------------- scvi-tools protocol
 
+    def start_epoch(self, epoch: int) -> None:
+        """Switch :attr:`tempered` for an epoch, counted from 0."""
+        self.tempered = epoch % self.temperature_period > 0
+
+    def select_gradients(self) -> None:
+        """Leave the population weights alone in tempered steps, where processes had to give them a gradient of zero."""
+        if self.tempered:
+            self.pi_logit.grad = None
+
+    def read_covariates(self, tensors: dict[str, Any]) -> Tensor | None:
+        """Covariates of a batch of data ``(cell, covariate)``; None where there are none.
+
+        Parameters
+        ----------
+        tensors
+            The batch.
+        """
+        if self.covariates is None or REGISTRY_KEYS.COVARIATES in tensors:
+            return tensors.get(REGISTRY_KEYS.COVARIATES)
+        columns = (REGISTRY_KEYS.BATCH, REGISTRY_KEYS.CATEGORIES)
+        codes = [tensors[key] for key in columns if key in tensors]
+        return self.covariates(torch.cat(codes, 1) if codes else None, tensors.get(REGISTRY_KEYS.CONTINUOUS))
+
     def _get_inference_input(self, tensors: dict[str, Any], **_: Any) -> dict[str, Any]:
-        return {"x": tensors[REGISTRY_KEYS.X], "covariates": tensors.get(REGISTRY_KEYS.COVARIATES)}
+        return {"x": tensors[REGISTRY_KEYS.X], "covariates": self.read_covariates(tensors)}
 
     @auto_move_data
     def inference(self, x: Tensor, covariates: Tensor | None = None) -> dict[str, Tensor]:
@@ -253,10 +306,15 @@ class ScyanModule(BaseModuleClass):
         valid = tensors.get(LOADER_KEYS.VALID)
         valid = torch.ones_like(log_det) if valid is None else valid.to(log_det)
         outputs = {**inference_outputs, **generative_outputs, "valid": valid}
-        outputs["log_pi"] = self.log_pi(tempered=self.training and self.tempered)
+        tempered = self.training and self.tempered
+        outputs["log_pi"] = self.log_pi(tempered)
         outputs.update(step_outputs(tensors))
+        if self.label_sets is not None:
+            outputs["allowed"] = self.label_sets[tensors[REGISTRY_KEYS.LABELS][:, 0]]
         terms = {objective.name: objective(outputs) for objective in self.objectives}
         loss = torch.stack([o.weight * terms[o.name] for o in self.objectives]).sum()
+        if tempered and STEP_KEYS.POSITION in tensors:
+            loss = loss + 0 * self.pi_logit.sum()  # processes wait for a gradient of every parameter
         terms["pi_entropy"] = torch.special.entr(self.population_weights).sum()
         return LossOutput(
             loss=loss,

@@ -1,6 +1,7 @@
 """Composable training objectives: each has a name, a weight and its own logged curve."""
 
 from ._base import Objective
+from ._labels import LabelCrossEntropy
 from ._masked_nb import MaskedNegativeBinomial, negative_binomial_nll
 from ._metrics import masked_correlation, masked_mae
 from ._population_prior import (
@@ -15,6 +16,7 @@ from ._shared import derive_seed, normal_per_context, shared_mean, step_generato
 from ._sliced_wasserstein import SlicedWasserstein, draw_slices, sliced_wasserstein
 
 __all__ = [
+    "LabelCrossEntropy",
     "LogDeterminant",
     "MaskedNegativeBinomial",
     "MixtureLikelihood",

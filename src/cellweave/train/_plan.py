@@ -125,6 +125,18 @@ class CellweaveTrainingPlan(LightningModule):
         self.module.train()
         self._epoch_start = time.monotonic()
 
+    def on_train_epoch_start(self) -> None:
+        """Tell a module whose loss follows a schedule which epoch begins, also one that is continued."""
+        start_epoch = getattr(self.module, "start_epoch", None)
+        if start_epoch is not None:
+            start_epoch(self.current_epoch)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let a module take back gradients of parameters that this step shall leave alone."""
+        select_gradients = getattr(self.module, "select_gradients", None)
+        if select_gradients is not None:
+            select_gradients()
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One optimiser step."""
         # not the optimiser step, which is the same for all batches whose gradients are accumulated
