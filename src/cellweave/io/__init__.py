@@ -7,6 +7,7 @@ from ._inspect import ModelInfo, inspect_model
 from ._layer_writer import LayerWriter
 from ._marker_table import MarkerTable
 from ._model_files import ModelFileError, SavedModel, read_model, write_model
+from ._scyan import ScyanWeights, read_scyan_weights
 
 __all__ = [
     "CellStore",
@@ -15,9 +16,11 @@ __all__ = [
     "ModelFileError",
     "ModelInfo",
     "SavedModel",
+    "ScyanWeights",
     "inspect_model",
     "open_store",
     "read_model",
+    "read_scyan_weights",
     "write_hub_card",
     "write_model",
 ]

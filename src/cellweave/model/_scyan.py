@@ -22,6 +22,7 @@ from ._base import CellweaveModel
 from ._scyan_annotation import AnnotationMixin
 from ._scyan_diagnostics import DiagnosticsMixin
 from ._scyan_expression import MarkerExpressionMixin
+from ._scyan_import import ScyanImportMixin
 from ._setup_markers import MarkerSetupMixin
 
 __all__ = ["ScyanModel"]
@@ -30,7 +31,9 @@ __all__ = ["ScyanModel"]
 _BATCH_SIZE, _LEAST_STEPS, _LEAST_BATCH = 8192, 16, 256
 
 
-class ScyanModel(AnnotationMixin, MarkerExpressionMixin, DiagnosticsMixin, MarkerSetupMixin, CellweaveModel):
+class ScyanModel(
+    AnnotationMixin, MarkerExpressionMixin, DiagnosticsMixin, ScyanImportMixin, MarkerSetupMixin, CellweaveModel
+):
     """Annotate cells from a table that says which populations express which markers.
 
     An invertible network maps measured markers to latent markers, which are distributed as the table says: around -1 where a
