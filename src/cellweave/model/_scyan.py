@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from cellweave._keys import REGISTRY_KEYS
 from cellweave._types import AnnOrMuData
 from cellweave.data import check_intensities
 from cellweave.io import MarkerTable
-from cellweave.module import ScyanModule
+from cellweave.module import ScyanEnsemble, ScyanModule
 from cellweave.nn import CovariateEncoder
 
 from ._base import CellweaveModel
@@ -27,8 +28,10 @@ from ._setup_markers import MarkerSetupMixin
 
 __all__ = ["ScyanModel"]
 
-# Cells per step of large data, and steps per epoch that small data have at least.
-_BATCH_SIZE, _LEAST_STEPS, _LEAST_BATCH = 8192, 16, 256
+# Cells per step are chosen so that an epoch has this many steps, within these bounds.
+_STEPS_PER_EPOCH, _LEAST_BATCH, _LARGEST_BATCH = 40, 128, 8192
+# Optimiser steps that the default number of epochs aims at.
+_TARGET_STEPS = 600
 
 
 class ScyanModel(
@@ -61,15 +64,24 @@ class ScyanModel(
     prior_std
         Standard deviation of latent markers around their modes.
     temperature
-        Strength with which small populations are favoured in the epochs that use it, the smaller the stronger.
+        Strength with which small populations are favoured in epochs that use it, the smaller the stronger.
     temperature_period
-        Of this many epochs the first does not use the temperature; 1 switches it off.
+        Of this many epochs the first does not use the temperature and the others do (the published model has 3); 1 switches it
+        off.
     covariate_scale
         Factor on covariates before they enter the networks.
     identity_init
         Start with latent equal to measured markers, which is more stable than the random start of the published model.
+    monotone_weight
+        Weight of a penalty on latent markers that do not rise with the measured ones; the published model has none.
+    weight_prior
+        Weight of a prior of the population weights, which keeps small populations alive: cells of equal shares that are
+        added in thought, as a multiple of the data. The published model has none, and uses the temperature instead.
     label_weight
         Weight of the cells labelled in ``labels_key``.
+    n_ensemble
+        Number of networks that differ by their random start and are trained side by side. Probabilities and latent markers
+        are means over them, more accurate and less dependent on the seed, for that many times the work.
 
     Examples
     --------
@@ -101,10 +113,13 @@ class ScyanModel(
         n_layers: int = 7,
         prior_std: float = 0.3,
         temperature: float = 0.5,
-        temperature_period: int = 3,
+        temperature_period: int = 1,
         covariate_scale: float = 100.0,
         identity_init: bool = True,
+        monotone_weight: float = 100.0,
+        weight_prior: float = 1.0,
         label_weight: float = 2.0,
+        n_ensemble: int = 1,
     ) -> None:
         super().__init__(adata, registry)
         if table is None:
@@ -116,7 +131,10 @@ class ScyanModel(
             setup = self._setup
             check_intensities(self._gene_data(adata), self.table.markers, setup["layer"], setup["nan_layer"])
         sets, share = self._label_sets()
-        self.module = ScyanModule(
+        if not isinstance(n_ensemble, int) or n_ensemble < 1:
+            raise ValueError(f"`n_ensemble` must be a positive integer, got {n_ensemble!r}; 1 trains a single network.")
+        create = ScyanModule if n_ensemble == 1 else partial(ScyanEnsemble, n_ensemble)
+        self.module = create(
             rho=torch.tensor(self.table.rho.tolist(), dtype=torch.float32),
             continuum=torch.as_tensor(continuum),
             covariates=self._covariate_encoder(),
@@ -128,6 +146,9 @@ class ScyanModel(
             temperature_period=temperature_period,
             covariate_scale=covariate_scale,
             identity_init=identity_init,
+            monotone_weight=monotone_weight,
+            weight_prior=weight_prior,
+            has_missing=self._setup["nan_layer"] is not None,
         )
         if sets is not None and label_weight > 0:
             self.module.use_labels(sets, label_weight, share)
@@ -155,7 +176,7 @@ class ScyanModel(
 
     def train(
         self,
-        max_epochs: int = 100,
+        max_epochs: int | None = None,
         accelerator: str = "auto",
         devices: int | list[int] | str = "auto",
         train_size: float | None = None,
@@ -185,7 +206,7 @@ class ScyanModel(
         Parameters
         ----------
         max_epochs
-            Passes over the training cells at most.
+            Passes over the training cells; by default as many as give about 600 steps.
         accelerator, devices
             As in scvi-tools and Lightning; ``"auto"`` uses one GPU where there is one.
         train_size, validation_size
@@ -193,7 +214,7 @@ class ScyanModel(
         shuffle_set_split
             Split at random; in row order otherwise.
         batch_size
-            Cells per step; 8,192 by default, fewer for small data so that an epoch has at least 16 steps of 256 cells.
+            Cells per step; by default as many as give 40 steps per epoch, from 128 to 8,192.
         max_cells_per_epoch
             Cells per epoch at most, others in every epoch.
         early_stopping
@@ -226,6 +247,7 @@ class ScyanModel(
         KeyboardInterrupt, SystemExit
             After Ctrl-C, and (with status 143) after SIGTERM. Weights, history and split are kept.
         """
+        batch_size, max_epochs = self._steps(batch_size, max_epochs, train_size, max_cells_per_epoch)
         columns = {} if self.adata is None else self._loader_options(self.adata)
         splitter = {"n_cells": 1, "by_context": False, "max_cells": max_cells_per_epoch, **columns}
         plan = {"lr": lr, "weight_decay": 0.0, "schedule": "constant", "warmup_steps": 0, "compile": compile}
@@ -247,16 +269,23 @@ class ScyanModel(
             train_size=train_size,
             validation_size=validation_size,
             shuffle_set_split=shuffle_set_split,
-            batch_size=self._batch_size(train_size) if batch_size is None else batch_size,
+            batch_size=batch_size,
             early_stopping=early_stopping,
         )
         self._warn_about_fit()
 
-    def _batch_size(self, train_size: float | None) -> int:
-        """Cells per step: equal steps, of which small data have enough."""
+    def _steps(
+        self, batch_size: int | None, max_epochs: int | None, train_size: float | None, max_cells: int | None
+    ) -> tuple[int, int]:
+        """Cells per step, so that all steps of an epoch are about equal, and number of epochs."""
         n_cells = int(np.ceil(self.summary_stats.n_cells * (0.9 if train_size is None else train_size)))
-        largest = min(_BATCH_SIZE, max(_LEAST_BATCH, -(-n_cells // _LEAST_STEPS)))
-        return -(-n_cells // max(1, -(-n_cells // largest)))
+        n_cells = min(n_cells, n_cells if max_cells is None else max_cells)
+        if batch_size is None:
+            largest = int(np.clip(-(-n_cells // _STEPS_PER_EPOCH), _LEAST_BATCH, _LARGEST_BATCH))
+            batch_size = -(-n_cells // -(-n_cells // largest))
+        if max_epochs is None:
+            max_epochs = -(-_TARGET_STEPS // -(-n_cells // batch_size))
+        return batch_size, max_epochs
 
     # ---------------------------------------------------------------- pieces
 

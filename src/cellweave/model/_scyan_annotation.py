@@ -204,11 +204,10 @@ class AnnotationMixin:
     # ---------------------------------------------------------------- pieces
 
     def _latent(self, batch: dict[str, Any]) -> Tensor:
-        covariates = self.module.read_covariates(batch)
-        return self.module.inference(batch[REGISTRY_KEYS.X], covariates)["u"]
+        return self.module.latent(batch[REGISTRY_KEYS.X], self.module.read_covariates(batch))
 
     def _annotate(self, batch: dict[str, Any]) -> ScyanAnnotation:
-        return self.module.annotate(self._latent(batch))
+        return self.module.annotate_cells(batch[REGISTRY_KEYS.X], self.module.read_covariates(batch))
 
     def _per_cell(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,6 +24,16 @@ __all__ = ["DiagnosticsMixin"]
 _LEAST_SPEARMAN = 0.7
 # Cells that diagnostics after training look at.
 _N_CHECKED = 20_000
+
+
+class _Cells(NamedTuple):
+    """Cells as diagnostics see them."""
+
+    measured: NDArray[np.float32]  # (cell, marker), NaN where not measured
+    latent: NDArray[np.float32]  # (cell, marker), NaN where not measured
+    batch: NDArray[np.int64]  # (cell,)
+    population: NDArray[np.int64]  # (cell,): most probable
+    probability: NDArray[np.float32]  # (cell,): of that population
 
 
 class DiagnosticsMixin:
@@ -55,7 +65,7 @@ class DiagnosticsMixin:
         RuntimeError, ValueError
             As :meth:`get_latent_representation`.
         """
-        measured, latent, groups = self._measured_and_latent(adata, indices, batch_size)
+        measured, latent, groups, _, _ = self._read(adata, indices, batch_size)
         spearman = np.zeros(len(self.markers))
         weight = np.zeros(len(self.markers))
         for group in np.unique(groups):
@@ -91,15 +101,11 @@ class DiagnosticsMixin:
         RuntimeError, ValueError
             As :meth:`get_latent_representation`.
         """
-        measured, latent, _ = self._measured_and_latent(adata, indices, batch_size)
+        measured, latent, _, best, top = self._read(adata, indices, batch_size)
         n, p = latent.shape[0], len(self.populations)
         with torch.inference_mode():
-            u = torch.from_numpy(latent)
-            found = self.module.annotate(torch.nan_to_num(u))
             alone = _table_alone(self.module.prior, measured)
-        best = found.population.cpu().numpy()
         counts = np.bincount(best, minlength=p)
-        top = found.probs.max(-1).values.cpu().numpy()
         means = _group_means(latent, best, p)
         offset = np.abs(means - self.module.prior.modes.cpu().numpy())
         offset[np.isnan(self.table.rho) | np.isnan(offset)] = -1
@@ -148,8 +154,7 @@ class DiagnosticsMixin:
         """
         if values not in ("latent", "measured"):
             raise ValueError(f"`values` must be 'latent' or 'measured', got {values!r}; choose one of them.")
-        measured, latent, _ = self._measured_and_latent(adata, indices, batch_size)
-        best = self._best(latent)
+        measured, latent, _, best, _ = self._read(adata, indices, batch_size)
         means = _group_means(latent if values == "latent" else measured, best, len(self.populations))
         return pd.DataFrame(means, pd.Index(list(self.populations), name="population"), list(self.markers))
 
@@ -181,8 +186,8 @@ class DiagnosticsMixin:
         RuntimeError, ValueError
             As :meth:`get_latent_representation`.
         """
-        _, latent, groups = self._measured_and_latent(adata, indices, batch_size)
-        best, p = self._best(latent), len(self.populations)
+        _, latent, groups, best, _ = self._read(adata, indices, batch_size)
+        p = len(self.populations)
         means = np.stack([_group_means(latent[groups == g], best[groups == g], p) for g in np.unique(groups)])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # of populations that no batch has
@@ -196,25 +201,22 @@ class DiagnosticsMixin:
 
     # ---------------------------------------------------------------- pieces
 
-    def _best(self, latent: NDArray[np.float32]) -> NDArray[np.int64]:
-        with torch.inference_mode():
-            return self.module.annotate(torch.from_numpy(np.nan_to_num(latent))).population.cpu().numpy()
-
-    def _measured_and_latent(
-        self, adata: AnnOrMuData | None, indices: Indices | None, batch_size: int | None
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
-        """Measured and latent markers ``(cell, marker)``, NaN where not measured, and the batch of each cell ``(cell,)``."""
+    def _read(self, adata: AnnOrMuData | None, indices: Indices | None, batch_size: int | None) -> _Cells:
+        """What diagnostics look at, of the requested cells."""
         n_markers, has_batch = len(self.markers), self._setup["batch_key"] is not None
 
         def compute(batch: dict[str, Any]) -> Tensor:
             x = batch[REGISTRY_KEYS.X]
             x = x.to_dense() if x.layout != torch.strided else x
-            group = batch[REGISTRY_KEYS.BATCH].to(x) if has_batch else torch.zeros(len(x), 1).to(x)
-            return torch.cat([x, torch.where(x.isnan(), x, self._latent(batch)), group], 1)
+            top = self._annotate(batch).probs.max(-1)
+            group = batch[REGISTRY_KEYS.BATCH] if has_batch else torch.zeros(len(x), 1)
+            facts = torch.stack([group[:, 0].to(x), top.indices.to(x), top.values], 1)
+            return torch.cat([x, torch.where(x.isnan(), x, self._latent(batch)), facts], 1)
 
         values, _, order, _ = self._per_cell(adata, indices, batch_size, compute, "Reading cells")
         values = values[order]
-        return values[:, :n_markers], values[:, n_markers:-1], values[:, -1].astype(np.int64)
+        batches, best = values[:, -3:-1].T.astype(np.int64)
+        return _Cells(values[:, :n_markers], values[:, n_markers:-3], batches, best, values[:, -1])
 
     def _warn_about_fit(self) -> None:
         """One sentence each on markers and populations of a fresh fit that deserve a look."""

@@ -124,14 +124,13 @@ class MarkerExpressionMixin:
         codes = range(len(known)) if reference == _AVERAGE and reference not in known else [known.index(reference)]
 
         def compute(batch: dict[str, Any]) -> Tensor:
-            u, total = self._latent(batch), torch.zeros(())
+            measured, own = batch[REGISTRY_KEYS.X], self.module.read_covariates(batch)
+            measured = measured.to_dense() if measured.layout != torch.strided else measured
+            total = torch.zeros_like(measured)
             for code in codes:
                 moved = {**batch, REGISTRY_KEYS.BATCH: torch.full_like(batch[REGISTRY_KEYS.BATCH], code)}
-                total = total + self.module.to_expression(u, self.module.read_covariates(moved))
-            x = total / len(codes)
-            measured = batch[REGISTRY_KEYS.X]
-            measured = measured.to_dense() if measured.layout != torch.strided else measured
-            return torch.where(measured.isnan(), measured, x)  # what was not measured has no corrected value
+                total += self.module.change_covariates(measured, own, self.module.read_covariates(moved))
+            return torch.where(measured.isnan(), measured, total / len(codes))  # what was not measured stays so
 
         values, rows, order, cells = self._per_cell(adata, indices, batch_size, compute, "Correcting cells")
         if place is not None:
@@ -191,7 +190,7 @@ class MarkerExpressionMixin:
         matrix = self._covariate_matrix(obs)
         with torch.inference_mode():
             x, _ = self.module.sample(n_samples, matrix, populations, generator)
-            u, _ = self.module.to_latent(x, matrix)
+            u = self.module.latent(x, matrix)
         obs.insert(0, "population", pd.Categorical.from_codes(populations.cpu().numpy(), list(self.populations)))
         obs.index = [f"sample{i}" for i in range(n_samples)]
         drawn = AnnData(x.cpu().numpy(), obs=obs, var=pd.DataFrame(index=list(self.markers)))

@@ -14,10 +14,12 @@ from cellweave.nn import CouplingFlow, CouplingLayer, CovariateEncoder
 from cellweave.objective import (
     LabelCrossEntropy,
     LogDeterminant,
+    MarkerMonotonicity,
     MixtureLikelihood,
     Objective,
     PopulationLogProb,
     PopulationPrior,
+    PopulationWeightPrior,
     population_posterior,
     step_outputs,
 )
@@ -77,6 +79,14 @@ class ScyanModule(BaseModuleClass):
         Factor on all covariates; the published model has 100.
     identity_init
         Start with the identity as flow; the published model starts with torch's random weights.
+    monotone_weight
+        Weight of :class:`~cellweave.objective.MarkerMonotonicity`, which keeps latent markers rising with the measured
+        ones; the published model has 0.
+    weight_prior
+        Weight of :class:`~cellweave.objective.PopulationWeightPrior`, which keeps small populations alive, in steps without
+        temperature; the published model has 0.
+    has_missing
+        Whether markers may be NaN, which means that they were not measured; such markers are integrated out.
 
     Attributes
     ----------
@@ -102,6 +112,9 @@ class ScyanModule(BaseModuleClass):
         temperature_period: int = 3,
         covariate_scale: float = 100.0,
         identity_init: bool = False,
+        monotone_weight: float = 0.0,
+        weight_prior: float = 0.0,
+        has_missing: bool = False,
         covariates: CovariateEncoder | None = None,
     ) -> None:
         super().__init__()
@@ -111,6 +124,9 @@ class ScyanModule(BaseModuleClass):
         for name, (size, least) in sizes.items():
             if size < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {size}.")
+        for name, weight in {"monotone_weight": monotone_weight, "weight_prior": weight_prior}.items():
+            if not weight >= 0:
+                raise ValueError(f"`{name}` must not be negative, got {weight}.")
         if not temperature > 0:
             raise ValueError(f"`temperature` must be above 0, got {temperature}.")
         rho = torch.as_tensor(rho, dtype=torch.get_default_dtype())
@@ -124,7 +140,12 @@ class ScyanModule(BaseModuleClass):
         )
         for layer in cast("Iterable[CouplingLayer]", self.real_nvp.module_list):
             layer.requires_grad_(len(layer.transformed) > 0)  # with fewer than three markers some transform none
-        self.objectives: tuple[Objective, ...] = (MixtureLikelihood(), LogDeterminant())
+        self.has_missing = has_missing
+        self.objectives: list[Objective] = [MixtureLikelihood(), LogDeterminant()]
+        if monotone_weight:
+            self.objectives.append(MarkerMonotonicity(monotone_weight))
+        if weight_prior:
+            self.objectives.append(PopulationWeightPrior(weight_prior))
         self.register_buffer("label_sets", None)
 
     def use_labels(self, label_sets: Tensor, weight: float, share: float) -> None:
@@ -140,7 +161,7 @@ class ScyanModule(BaseModuleClass):
             Share of labelled cells among the training cells.
         """
         self.label_sets = label_sets
-        self.objectives += (LabelCrossEntropy(weight, share),)
+        self.objectives.append(LabelCrossEntropy(weight, share))
 
     # ---------------------------------------------------------------- the flow and the population weights
 
@@ -188,17 +209,60 @@ class ScyanModule(BaseModuleClass):
         r"""Population weights :math:`\pi` ``(population,)``, without gradient."""
         return self.log_pi().detach().exp()
 
+    def latent(self, x: Tensor, covariates: Tensor | None = None) -> Tensor:
+        """Latent markers ``(cell, marker)``; what was not measured is expected from the populations that a cell may have.
+
+        Parameters
+        ----------
+        x
+            Measured markers ``(cell, marker)``, sparse or dense.
+        covariates
+            Covariates ``(cell, covariate)``.
+        """
+        outputs = self.inference(x, covariates)
+        if not self.has_missing:
+            return outputs["u"]
+        expected = self.annotate(**self._get_generative_input({}, outputs)).probs @ self.prior.modes  # (cell, marker)
+        return torch.where(outputs["measured"], outputs["u"], expected)
+
+    def annotate_cells(self, x: Tensor, covariates: Tensor | None = None) -> ScyanAnnotation:
+        """Posterior over populations and log density of measured cells.
+
+        Parameters
+        ----------
+        x
+            Measured markers ``(cell, marker)``, sparse or dense.
+        covariates
+            Covariates ``(cell, covariate)``.
+        """
+        return self.annotate(**self._get_generative_input({}, self.inference(x, covariates)))
+
+    def change_covariates(self, x: Tensor, covariates: Tensor | None, others: Tensor | None) -> Tensor:
+        """Cells as they would be measured with other covariates ``(cell, marker)``: their latent markers, mapped back.
+
+        Parameters
+        ----------
+        x
+            Measured markers ``(cell, marker)``, sparse or dense.
+        covariates, others
+            Covariates that they have, and that they shall have, ``(cell, covariate)``.
+        """
+        outputs = self.inference(x, covariates)
+        return self.real_nvp.inverse(outputs["u"], others, outputs.get("measured"))
+
     @torch.no_grad()
     @auto_move_data
-    def annotate(self, u: Tensor) -> ScyanAnnotation:
+    def annotate(self, u: Tensor, measured: Tensor | None = None) -> ScyanAnnotation:
         """Posterior over populations and log density of latent cells; the temperature plays no part.
 
         Parameters
         ----------
         u
-            Latent markers ``(cell, marker)``.
+            Latent markers ``(cell, marker)``, 0 where not measured.
+        measured
+            False where a marker was not measured, bool ``(cell, marker)``; all were by default.
         """
-        log_prob, log_pi = self.prior.log_prob(u), self.log_pi()
+        log_prob, log_pi = self.prior.log_prob(u, measured), self.log_pi()
         joint = log_prob.contrast + log_pi
         best = joint.argmax(-1)
         log_joint = log_prob.common + joint.gather(-1, best[:, None])[:, 0]
@@ -281,18 +345,25 @@ class ScyanModule(BaseModuleClass):
 
     @auto_move_data
     def inference(self, x: Tensor, covariates: Tensor | None = None) -> dict[str, Tensor]:
-        """Latent markers ``u`` ``(cell, marker)`` and ``log_det`` ``(cell,)``; ``x`` may be sparse."""
-        x = x.to_dense() if x.layout != torch.strided else x
-        u, log_det = self.to_latent(x, covariates)
-        return {"u": u, "log_det": log_det}
+        """Latent markers ``u`` ``(cell, marker)`` and ``log_det`` ``(cell,)``; ``x`` may be sparse.
+
+        Where markers may be missing, also ``measured`` ``(cell, marker)``; ``u`` is 0 elsewhere.
+        """
+        x = _dense(x)
+        if not self.has_missing:
+            u, log_det = self.to_latent(x, covariates)
+            return {"u": u, "log_det": log_det}
+        measured = ~x.isnan()
+        u, log_det = self.real_nvp(x.nan_to_num(0.0), covariates, measured)
+        return {"u": u, "log_det": log_det, "measured": measured}
 
     def _get_generative_input(self, tensors: dict[str, Any], inference_outputs: dict[str, Tensor]) -> dict[str, Any]:
-        return {"u": inference_outputs["u"]}
+        return {name: inference_outputs[name] for name in ("u", "measured") if name in inference_outputs}
 
     @auto_move_data
-    def generative(self, u: Tensor) -> dict[str, Tensor]:
+    def generative(self, u: Tensor, measured: Tensor | None = None) -> dict[str, Tensor]:
         """The two parts of the log density under each population, see :class:`PopulationLogProb`."""
-        log_prob: PopulationLogProb = self.prior.log_prob(u)
+        log_prob: PopulationLogProb = self.prior.log_prob(u, measured)
         return {"log_prob_common": log_prob.common, "log_prob_contrast": log_prob.contrast}
 
     def loss(
@@ -305,14 +376,19 @@ class ScyanModule(BaseModuleClass):
         log_det = inference_outputs["log_det"]
         valid = tensors.get(LOADER_KEYS.VALID)
         valid = torch.ones_like(log_det) if valid is None else valid.to(log_det)
-        outputs = {**inference_outputs, **generative_outputs, "valid": valid}
+        outputs = {**inference_outputs, **generative_outputs, "valid": valid, "x": _dense(tensors[REGISTRY_KEYS.X])}
+        if REGISTRY_KEYS.BATCH in tensors:
+            outputs["batch"] = tensors[REGISTRY_KEYS.BATCH][:, 0]
         tempered = self.training and self.tempered
         outputs["log_pi"] = self.log_pi(tempered)
         outputs.update(step_outputs(tensors))
         if self.label_sets is not None:
             outputs["allowed"] = self.label_sets[tensors[REGISTRY_KEYS.LABELS][:, 0]]
         terms = {objective.name: objective(outputs) for objective in self.objectives}
-        loss = torch.stack([o.weight * terms[o.name] for o in self.objectives]).sum()
+        weights = {o.name: o.weight for o in self.objectives}
+        if tempered:  # population weights are constants there
+            weights.pop(PopulationWeightPrior.name, None)
+        loss = torch.stack([weight * terms[name] for name, weight in weights.items()]).sum()
         if tempered and STEP_KEYS.POSITION in tensors:
             loss = loss + 0 * self.pi_logit.sum()  # processes wait for a gradient of every parameter
         terms["pi_entropy"] = torch.special.entr(self.population_weights).sum()
@@ -321,3 +397,7 @@ class ScyanModule(BaseModuleClass):
             n_obs_minibatch=tensors.get(LOADER_KEYS.N_VALID, len(log_det)),
             extra_metrics={name: value.detach() for name, value in terms.items()},
         )
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.to_dense() if x.layout != torch.strided else x

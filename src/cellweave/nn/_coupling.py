@@ -78,7 +78,9 @@ class CouplingLayer(nn.Module):
         inputs = torch.cat([passed, torch.arange(n_features, n_features + n_covariates)])
         self.register_buffer("inputs", inputs, persistent=False)
 
-    def forward(self, x: Tensor, covariates: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, covariates: Tensor | None = None, measured: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Transform ``x`` ``(feature, cell)``; also the log-determinant ``(cell,)``.
 
         Parameters
@@ -87,31 +89,37 @@ class CouplingLayer(nn.Module):
             Features ``(feature, cell)``.
         covariates
             Covariates ``(covariate, cell)``.
+        measured
+            1 for features to transform and 0 for others, which are 0 and stay so, ``(feature, cell)``.
         """
-        log_scale, shift = self._scale_and_shift(x, covariates)  # (transformed, cell)
+        log_scale, shift = self._scale_and_shift(x, covariates, measured)  # (transformed, cell)
         y = torch.addcmul(shift, x.index_select(0, self.transformed), log_scale.exp())
         return x.index_copy(0, self.transformed, y), log_scale.sum(0)
 
-    def inverse(self, y: Tensor, covariates: Tensor | None = None) -> Tensor:
+    def inverse(self, y: Tensor, covariates: Tensor | None = None, measured: Tensor | None = None) -> Tensor:
         """The ``x`` that :meth:`forward` maps to ``y``.
 
         Parameters
         ----------
         y
             Transformed features ``(feature, cell)``.
-        covariates
-            Covariates ``(covariate, cell)``.
+        covariates, measured
+            As in :meth:`forward`.
         """
-        log_scale, shift = self._scale_and_shift(y, covariates)
+        log_scale, shift = self._scale_and_shift(y, covariates, measured)
         x = (y.index_select(0, self.transformed) - shift) * torch.exp(-log_scale)
         return y.index_copy(0, self.transformed, x)
 
-    def _scale_and_shift(self, x: Tensor, covariates: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _scale_and_shift(self, x: Tensor, covariates: Tensor | None, measured: Tensor | None) -> tuple[Tensor, Tensor]:
         known = x.index_select(0, self.passed)
         if covariates is not None:
             known = torch.cat([known, covariates])
         log_scale = _evaluate(self.sfun, known, self.inputs, self.transformed).tanh()
-        return log_scale, _evaluate(self.tfun, known, self.inputs, self.transformed)
+        shift = _evaluate(self.tfun, known, self.inputs, self.transformed)
+        if measured is None:
+            return log_scale, shift
+        here = measured.index_select(0, self.transformed)
+        return log_scale * here, shift * here
 
 
 class CouplingFlow(nn.Module):
@@ -158,37 +166,42 @@ class CouplingFlow(nn.Module):
                     nn.init.zeros_(cast("nn.Linear", last).weight)
                     nn.init.zeros_(cast("nn.Linear", last).bias)
 
-    def forward(self, x: Tensor, covariates: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, covariates: Tensor | None = None, measured: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Latent features ``(cell, feature)`` and log-determinants ``(cell,)``.
 
         Parameters
         ----------
         x
-            Features ``(cell, feature)``.
+            Features ``(cell, feature)``, 0 where not measured.
         covariates
             Covariates ``(cell, covariate)``; may be left out if the flow has none.
+        measured
+            False where a feature was not measured, bool ``(cell, feature)``; all were by default. What was not measured
+            stays 0, is not seen as a value by any network, and the map is one of the measured features among themselves.
         """
-        given = self._given(covariates, len(x))
+        given, there = self._given(covariates, len(x)), _transposed(measured, x)
         u, log_det = x.t(), x.new_zeros(len(x))
         for layer in self._active_layers():
-            u, part = layer(u, given)
+            u, part = layer(u, given, there)
             log_det = log_det + part
         return u.t(), log_det
 
-    def inverse(self, u: Tensor, covariates: Tensor | None = None) -> Tensor:
+    def inverse(self, u: Tensor, covariates: Tensor | None = None, measured: Tensor | None = None) -> Tensor:
         """The features ``(cell, feature)`` that :meth:`forward` maps to ``u``.
 
         Parameters
         ----------
         u
-            Latent features ``(cell, feature)``.
-        covariates
-            Covariates ``(cell, covariate)``; may be left out if the flow has none.
+            Latent features ``(cell, feature)``, 0 where not measured.
+        covariates, measured
+            As in :meth:`forward`.
         """
-        given = self._given(covariates, len(u))
+        given, there = self._given(covariates, len(u)), _transposed(measured, u)
         x = u.t()
         for layer in reversed(self._active_layers()):
-            x = layer.inverse(x, given)
+            x = layer.inverse(x, given, there)
         return x.t()
 
     def _layers(self) -> list[CouplingLayer]:
@@ -206,3 +219,7 @@ class CouplingFlow(nn.Module):
                 "give one row per cell with the columns that the flow was made for."
             )
         return None if covariates is None or not self.n_covariates else (self.covariate_scale * covariates).t()
+
+
+def _transposed(measured: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if measured is None else measured.to(like).t()

@@ -4,11 +4,13 @@ from ._base import Objective
 from ._labels import LabelCrossEntropy
 from ._masked_nb import MaskedNegativeBinomial, negative_binomial_nll
 from ._metrics import masked_correlation, masked_mae
+from ._monotone import MarkerMonotonicity, marker_discordance
 from ._population_prior import (
     LogDeterminant,
     MixtureLikelihood,
     PopulationLogProb,
     PopulationPrior,
+    PopulationWeightPrior,
     mixture_log_likelihood,
     population_posterior,
 )
@@ -18,14 +20,17 @@ from ._sliced_wasserstein import SlicedWasserstein, draw_slices, sliced_wasserst
 __all__ = [
     "LabelCrossEntropy",
     "LogDeterminant",
+    "MarkerMonotonicity",
     "MaskedNegativeBinomial",
     "MixtureLikelihood",
     "Objective",
     "PopulationLogProb",
     "PopulationPrior",
+    "PopulationWeightPrior",
     "SlicedWasserstein",
     "derive_seed",
     "draw_slices",
+    "marker_discordance",
     "masked_correlation",
     "masked_mae",
     "mixture_log_likelihood",

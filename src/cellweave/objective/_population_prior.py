@@ -17,6 +17,7 @@ __all__ = [
     "MixtureLikelihood",
     "PopulationLogProb",
     "PopulationPrior",
+    "PopulationWeightPrior",
     "mixture_log_likelihood",
     "population_posterior",
 ]
@@ -139,13 +140,15 @@ class PopulationPrior(nn.Module):
         """Where known entries have their mode, ``(population, marker)``; 0 for unknown ones."""
         return torch.where(self.continuum, self.rho * _CONTINUUM_SHARE, self.rho)
 
-    def log_prob(self, u: Tensor) -> PopulationLogProb:
+    def log_prob(self, u: Tensor, measured: Tensor | None = None) -> PopulationLogProb:
         """Log density under each population, in nats.
 
         Parameters
         ----------
         u
-            Latent markers ``(cell, marker)``.
+            Latent markers ``(cell, marker)``, 0 where not measured.
+        measured
+            False where a marker was not measured and adds nothing, bool ``(cell, marker)``; all were by default.
         """
         # squares of latent values and their differences need the digits that autocast would take
         with torch.autocast(u.device.type, enabled=False):
@@ -159,7 +162,12 @@ class PopulationPrior(nn.Module):
             constant = self.log_gamma * unknown.sum(-1) - scale * modes.square().sum(-1)  # (population,)
             contrast = torch.addmm(constant, huber, 1 - unknown.t(), alpha=-scale)
             contrast = torch.addmm(contrast, u, modes.t(), alpha=2 * scale)
-            common = -scale * beyond - n_markers * (math.log(self.prior_std) + 0.5 * math.log(2 * math.pi))
+            width = math.log(self.prior_std) + 0.5 * math.log(2 * math.pi)
+            common = -scale * beyond - n_markers * width
+            if measured is not None:  # take back the constants that markers have at 0
+                missing = 1 - measured.to(u.dtype)
+                common = common + width * missing.sum(-1)
+                contrast = torch.addmm(contrast, missing, (scale * modes.square() - self.log_gamma * unknown).t())
         return PopulationLogProb(common, contrast)
 
     def log_prob_per_marker(self, u: Tensor) -> Tensor:
@@ -247,6 +255,21 @@ class MixtureLikelihood(Objective):
         log_prob = PopulationLogProb(outputs["log_prob_common"], outputs["log_prob_contrast"])
         value = mixture_log_likelihood(log_prob, outputs["log_pi"])  # (cell,)
         return -shared_mean(value, outputs["valid"], outputs.get(STEP_KEYS.CELLS_PER_PROCESS))
+
+
+class PopulationWeightPrior(Objective):
+    r"""Dirichlet prior of the population weights, :math:`-\frac{1}{P}\sum_z \log\pi_z` in nats.
+
+    With weight :math:`w` the weights tend to :math:`(\bar p_z + w / P) / (1 + w)` where :math:`\bar p_z` is the share of a
+    population among the cells: no population dies out because it is small, which is what the temperature of the published
+    model is for.
+    """
+
+    name: ClassVar[str] = "weight_loss"
+    requires: ClassVar[frozenset[str]] = frozenset({"log_pi"})
+
+    def __call__(self, outputs: Mapping[str, Tensor], generator: Generator | None = None) -> Tensor:
+        return -outputs["log_pi"].mean()
 
 
 class LogDeterminant(Objective):
