@@ -1,10 +1,14 @@
-"""Small real and simulated data sets with raw counts."""
+"""Small real and simulated data sets with raw counts, or raw intensities of markers."""
 
 from ._loaders import (
+    bmmc_cytof,
     datlinger_jurkat,
+    debarcoding,
     gbm_panobinostat,
     kang_ctrl_8donors,
     kang_ifnb,
+    levine32,
+    multicenter_cytof,
     norman_mcfaline,
     onek1k,
     papalexi,
@@ -16,10 +20,14 @@ from ._loaders import (
 from ._pbmc68k import pbmc68k
 
 __all__ = [
+    "bmmc_cytof",
     "datlinger_jurkat",
+    "debarcoding",
     "gbm_panobinostat",
     "kang_ctrl_8donors",
     "kang_ifnb",
+    "levine32",
+    "multicenter_cytof",
     "norman_mcfaline",
     "onek1k",
     "papalexi",

@@ -27,7 +27,7 @@ F = TypeVar("F", bound=Callable[..., "AnnData"])
 
 _SHARED_DOC = """
 
-    {n_cells} cells x {n_genes} genes, raw counts in ``X`` (CSR, float32).
+    {n_cells} cells x {n_columns} {columns}, {values} in ``X`` ({form}, float32).
 
     * Study: {citation}
     * Carried by: {carrier}
@@ -56,12 +56,14 @@ _SHARED_DOC = """
 def documented(name: str) -> Callable[[F], F]:
     """Append the sections that all loaders share to the docstring of a loader."""
     study = STUDIES[name]
-    n_cells, n_genes = study.shape
+    n_cells, n_columns = study.shape
+    kind = ("markers", "raw intensities", "dense") if study.markers else ("genes", "raw counts", "CSR")
+    columns, values, form = kind
     fields = {key: getattr(study, key) for key in ("citation", "carrier", "licence", "file")}
 
     def decorate(loader: F) -> F:
         loader.__doc__ = (loader.__doc__ or "").rstrip() + _SHARED_DOC.format(
-            n_cells=n_cells, n_genes=n_genes, **fields
+            n_cells=n_cells, n_columns=n_columns, columns=columns, values=values, form=form, **fields
         )
         return loader
 
@@ -81,13 +83,13 @@ def load_study(name: str, path: str | os.PathLike[str] | None = None) -> AnnData
     Returns
     -------
     AnnData
-        Checked data set with ``X`` as float32 CSR.
+        Checked data set with ``X`` as float32, counts as CSR and intensities dense.
     """
     study = STUDIES[name]
     found = _locate(name, study, path)
     adata = anndata.read_h5ad(found)
     _check(name, study, adata, found)
-    adata.X = sp.csr_matrix(adata.X, dtype=np.float32)
+    adata.X = np.asarray(adata.X, dtype=np.float32) if study.markers else sp.csr_matrix(adata.X, dtype=np.float32)
     adata.uns.setdefault(OUTPUT_KEYS.PROVENANCE, {})["dataset"] = {
         "name": name,
         "sha256": _checksum(name, study, found),

@@ -11,10 +11,14 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 __all__ = [
+    "bmmc_cytof",
     "datlinger_jurkat",
+    "debarcoding",
     "gbm_panobinostat",
     "kang_ctrl_8donors",
     "kang_ifnb",
+    "levine32",
+    "multicenter_cytof",
     "norman_mcfaline",
     "onek1k",
     "papalexi",
@@ -111,3 +115,30 @@ def sim_grn_perturb(path: PathLike | None = None) -> AnnData:
     ``varm["true_log_mean"]`` (genes x conditions, names in ``uns["true_log_mean_conditions"]``) is free of noise.
     """
     return load_study("sim_grn_perturb", path)
+
+
+@documented("bmmc_cytof")
+def bmmc_cytof(path: PathLike | None = None) -> AnnData:
+    """Human bone marrow with twenty gated populations, some of a few dozen cells: annotation of rare populations."""
+    return load_study("bmmc_cytof", path)
+
+
+@documented("levine32")
+def levine32(path: PathLike | None = None) -> AnnData:
+    """Human bone marrow of two donors, fifty cells per population and donor: annotation of few cells with many markers."""
+    return load_study("levine32", path)
+
+
+@documented("debarcoding")
+def debarcoding(path: PathLike | None = None) -> AnnData:
+    """Events of twenty samples that three of six palladium channels encode; there is no ground truth.
+
+    ``obs["top3_barcode"]`` is the code of the three brightest channels and ``obs["top3_separation"]`` how clear it is.
+    """
+    return load_study("debarcoding", path)
+
+
+@documented("multicenter_cytof")
+def multicenter_cytof(path: PathLike | None = None) -> AnnData:
+    """Human blood in six samples that differ strongly: annotation of new samples, batch correction."""
+    return load_study("multicenter_cytof", path)

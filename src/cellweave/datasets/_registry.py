@@ -28,6 +28,8 @@ class Study:
         Public repositories that redistribute the matrices from which the file was assembled.
     licence
         Licences of these repositories, in the same order.
+    markers
+        Whether the columns are markers of cytometry, with dense intensities, and not genes with sparse counts.
     """
 
     file: str
@@ -37,6 +39,7 @@ class Study:
     citation: str
     carrier: str
     licence: str
+    markers: bool = False
 
 
 _PERTURBATION: Final = ("perturbation", "batch", "cell_type")
@@ -146,5 +149,45 @@ STUDIES: Final[dict[str, Study]] = {
         citation="simulated from the CD4 T cells of 10x Genomics PBMC 3k",
         carrier="rnabioco/clustifyrdata",
         licence="MIT",
+    ),
+    "bmmc_cytof": Study(
+        file="cytometry/bmmc_basal1.h5ad",
+        shape=(102987, 13),
+        sha256="8ab445f4ef96e6f17c3dd59895dce50b25030525c4f18e97f97855699a899329",
+        obs=("cell_type", "sample"),
+        citation="Bendall et al. 2011",
+        carrier="asampat3090/229-project",
+        licence="none stated for the data",
+        markers=True,
+    ),
+    "levine32": Study(
+        file="cytometry/levine32_stratified.h5ad",
+        shape=(1500, 32),
+        sha256="967c363257473b6f20b2da9dab4a717cc69cf0a3f7e5e18a574fd70c68562e4e",
+        obs=("cell_type", "subject"),
+        citation="Levine et al. 2015",
+        carrier="phipsonlab/SuperCellCyto",
+        licence="GPL-3",
+        markers=True,
+    ),
+    "debarcoding": Study(
+        file="cytometry/debarcoding_catalyst.h5ad",
+        shape=(20000, 6),
+        sha256="defc4d9d1bc1543903cc37d8a002590e7412087a01ab50c77904418be5b77bf7",
+        obs=("top3_barcode", "top3_separation"),
+        citation="sample data of CATALYST (Chevrier et al. 2018)",
+        carrier="HelenaLC/CATALYST",
+        licence="GPL-2 or later",
+        markers=True,
+    ),
+    "multicenter_cytof": Study(
+        file="cytometry/multicenter_6samples.h5ad",
+        shape=(48000, 8),
+        sha256="30aa01470816b4b419f515e0e41b05247171000fa19ae206ac83f825f7f94632",
+        obs=("cell_type", "sample", "group"),
+        citation="multi-centre CyTOF study of blood, as in Li et al. 2017 (DeepCyTOF)",
+        carrier="abbioinfo/CyAnno, tabdelaal/CyTOF-Linear-Classifier",
+        licence="GPL-3, none stated",
+        markers=True,
     ),
 }
