@@ -5,11 +5,13 @@ from cellweave.data import CellStore, open_store
 from ._hub import write_hub_card
 from ._inspect import ModelInfo, inspect_model
 from ._layer_writer import LayerWriter
+from ._marker_table import MarkerTable
 from ._model_files import ModelFileError, SavedModel, read_model, write_model
 
 __all__ = [
     "CellStore",
     "LayerWriter",
+    "MarkerTable",
     "ModelFileError",
     "ModelInfo",
     "SavedModel",
