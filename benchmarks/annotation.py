@@ -195,9 +195,10 @@ def baselines(folder: Path, name: str) -> None:
 
 def new_samples(folder: Path) -> None:
     """Train on five samples and predict the sixth, each in turn; mixing of samples and scores with and without batches."""
-    import cellweave as cw
     from scib_metrics import ilisi_knn
     from scib_metrics.nearest_neighbors import pynndescent
+
+    import cellweave as cw
 
     adata, table = read(folder, "multicenter")
     samples = adata.obs["sample"].to_numpy()

@@ -288,7 +288,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise ValueError(f"`table`: there is no file '{path}'; check the path.")
     try:
-        cells = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        cells = pd.read_csv(path, header=None, dtype=str, keep_default_na=False)
     except pd.errors.EmptyDataError:
         raise ValueError(f"`table` '{path}' is empty; it needs a header line and a line per population.") from None
     except (pd.errors.ParserError, UnicodeDecodeError) as error:
