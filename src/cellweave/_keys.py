@@ -44,6 +44,7 @@ class _OutputKeys(NamedTuple):
     """Places in the user's AnnData that every model writes to."""
 
     PROVENANCE: str = "cellweave"  # uns
+    TRANSFORMS: str = "cellweave_transforms"  # uns: steps that intensities went through, per layer
 
 
 REGISTRY_KEYS: Final = _RegistryKeys()

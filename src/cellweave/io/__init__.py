@@ -1,7 +1,9 @@
-"""Files: safe model directories that execute nothing on load, and stores of cells that stay on disk."""
+"""Files: safe model directories that execute nothing on load, stores of cells that stay on disk, tables of cytometry."""
 
 from cellweave.data import CellStore, open_store
 
+from ._cytometry_csv import read_cytometry_csv, write_cytometry_csv
+from ._fcs import read_fcs, write_fcs
 from ._hub import write_hub_card
 from ._inspect import ModelInfo, inspect_model
 from ._layer_writer import LayerWriter
@@ -19,8 +21,12 @@ __all__ = [
     "ScyanWeights",
     "inspect_model",
     "open_store",
+    "read_cytometry_csv",
+    "read_fcs",
     "read_model",
     "read_scyan_weights",
+    "write_cytometry_csv",
+    "write_fcs",
     "write_hub_card",
     "write_model",
 ]
