@@ -31,7 +31,7 @@ __all__ = ["ScyanModel"]
 # Cells per step are chosen so that an epoch has this many steps, within these bounds.
 _STEPS_PER_EPOCH, _LEAST_BATCH, _LARGEST_BATCH = 40, 128, 8192
 # Optimiser steps that the default number of epochs aims at.
-_TARGET_STEPS = 600
+_TARGET_STEPS = 520
 
 
 class ScyanModel(
@@ -109,7 +109,7 @@ class ScyanModel(
         registry: dict[str, Any] | None = None,
         continuum_markers: list[str] | None = None,
         n_hidden: int = 16,
-        n_hidden_layers: int = 6,
+        n_hidden_layers: int = 2,
         n_layers: int = 7,
         prior_std: float = 0.3,
         temperature: float = 0.5,
@@ -184,10 +184,10 @@ class ScyanModel(
         shuffle_set_split: bool = True,
         batch_size: int | None = None,
         max_cells_per_epoch: int | None = 200_000,
-        early_stopping: bool = True,
-        early_stopping_patience: int = 1,
-        early_stopping_min_delta: float = 1.0,
-        lr: float = 5e-4,
+        early_stopping: bool = False,
+        early_stopping_patience: int = 3,
+        early_stopping_min_delta: float = 0.1,
+        lr: float = 1e-3,
         precision: str = "32-true",
         compile: bool = False,
         checkpoint_dir: str | Path | None = None,
@@ -206,7 +206,7 @@ class ScyanModel(
         Parameters
         ----------
         max_epochs
-            Passes over the training cells; by default as many as give about 600 steps.
+            Passes over the training cells; by default as many as give about 520 steps.
         accelerator, devices
             As in scvi-tools and Lightning; ``"auto"`` uses one GPU where there is one.
         train_size, validation_size
@@ -218,7 +218,8 @@ class ScyanModel(
         max_cells_per_epoch
             Cells per epoch at most, others in every epoch.
         early_stopping
-            Stop when ``validation_loss`` no longer falls.
+            Stop when ``validation_loss`` no longer falls. Off by default: a number of steps is what was found best for labels,
+            which get worse again while the likelihood still improves.
         early_stopping_patience
             Temperature cycles without improvement after which training stops.
         early_stopping_min_delta
