@@ -3,6 +3,7 @@
 from ._base import Objective
 from ._masked_nb import MaskedNegativeBinomial, negative_binomial_nll
 from ._metrics import masked_correlation, masked_mae
+from ._monotone import MarkerMonotonicity, marker_discordance
 from ._population_prior import (
     LogDeterminant,
     MixtureLikelihood,
@@ -16,6 +17,7 @@ from ._sliced_wasserstein import SlicedWasserstein, draw_slices, sliced_wasserst
 
 __all__ = [
     "LogDeterminant",
+    "MarkerMonotonicity",
     "MaskedNegativeBinomial",
     "MixtureLikelihood",
     "Objective",
@@ -23,6 +25,7 @@ __all__ = [
     "PopulationPrior",
     "SlicedWasserstein",
     "derive_seed",
+    "marker_discordance",
     "draw_slices",
     "masked_correlation",
     "masked_mae",
