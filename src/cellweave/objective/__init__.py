@@ -29,6 +29,7 @@ __all__ = [
     "PopulationWeightPrior",
     "SlicedWasserstein",
     "derive_seed",
+    "marker_discordance",
     "draw_slices",
     "marker_discordance",
     "masked_correlation",
