@@ -80,6 +80,50 @@ def test_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(of_weights, weights)
 
 
+@pytest.mark.parametrize("n_cells", [3, 4096, 4097, 9000])
+def test_lean_derivatives_are_those_of_autograd(n_cells):
+    """Protects training: activations computed again, some cells at a time, give the derivatives of the stored ones."""
+    flow, (x, covariates) = _flow(5, 2), _cells(5, 2, n_cells=n_cells)
+    inputs = (x.requires_grad_(), covariates.requires_grad_(), *flow.parameters())
+    weight = torch.randn(n_cells, 1, dtype=x.dtype, generator=torch.Generator().manual_seed(2))
+    found = []
+    for result in (flow(x, covariates), _formula(flow, x, covariates)):
+        found.append(torch.autograd.grad((weight * result[0]).sum() + result[1].square().sum(), inputs))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
+
+
+def test_derivatives_can_be_differentiated():
+    """Protects penalties on the slope of the flow: second derivatives after features, covariates and weights."""
+    flow, (x, covariates) = _flow(4, 1, n_hidden=3, n_layers=2), _cells(4, 1, n_cells=2)
+    inputs = (x.requires_grad_(), covariates.requires_grad_())
+    assert torch.autograd.gradgradcheck(flow, inputs)
+    slopes = torch.autograd.grad(flow(x, covariates)[0].square().sum(), x, create_graph=True)[0]
+    expected = torch.autograd.grad(_formula(flow, x, covariates)[0].square().sum(), x, create_graph=True)[0]
+    parameters = [p for p in flow.parameters() if p.ndim > 1]
+    found, wanted = (torch.autograd.grad(s.square().sum(), parameters) for s in (slopes, expected))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_training_keeps_no_activations():
+    """Protects memory: what a step keeps per cell grows with features and layers, not with the width of the networks."""
+    kept = []
+    for n_hidden in (4, 64):
+        flow, (x, covariates) = _flow(6, 0, n_hidden=n_hidden), _cells(6, n_cells=500)
+        saved: dict[int, int] = {}
+        parameters = {p.untyped_storage().data_ptr() for p in flow.parameters()}
+
+        def pack(tensor, saved=saved, parameters=parameters):
+            if tensor.untyped_storage().data_ptr() not in parameters and 500 in tensor.shape:
+                saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = flow(x, covariates)
+        kept.append(sum(saved.values()))
+        del output
+    assert 0 < kept[1] <= 1.01 * kept[0]
+
+
 def test_only_transformed_features_are_computed():
     """Protects the cost: multiplications of a layer count the features it reads and those it writes, not all."""
     n_hidden, n_hidden_layers, n_covariates = 6, 2, 3

@@ -250,3 +250,17 @@ def test_objectives_read_what_they_require(objective):
     for missing in objective.requires:
         with pytest.raises(KeyError):
             objective({k: v for k, v in needed.items() if k != missing})
+
+
+def test_populations_out_of_reach_are_left_out_exactly():
+    """Protects speed without a price: sums are those of all terms, and no posterior or gradient is a subnormal number."""
+    contrast = torch.tensor([[0.0, -95.0, -1e4], [-500.0, -3.0, -100.0]], requires_grad=True)
+    log_prob, log_pi = PopulationLogProb(torch.tensor([1.0, -2.0]), contrast), torch.tensor([-1.0, -1.5, -0.7])
+    value = mixture_log_likelihood(log_prob, log_pi)
+    torch.testing.assert_close(value, log_prob.common + torch.logsumexp(contrast + log_pi, -1))
+    posterior = population_posterior(log_prob, log_pi)
+    torch.testing.assert_close(posterior, torch.softmax(contrast + log_pi, -1), rtol=1e-6, atol=1e-25)
+    (gradient,) = torch.autograd.grad(value.sum(), contrast)
+    for values in (gradient, posterior.detach()):
+        tiny = values.abs() < torch.finfo(torch.float32).tiny
+        assert not values[tiny].any()

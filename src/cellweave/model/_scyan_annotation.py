@@ -24,7 +24,7 @@ __all__ = ["AnnotationMixin"]
 # Cells per forward pass: wide enough for the networks, small enough for the cache.
 _BATCH_SIZE = 8192
 # Cells drawn from the model to see which log densities are normal, and the share of them that may be rejected.
-_N_DRAWN, _REJECTED = 20_000, 1e-4
+_N_DRAWN, _REJECTED = 20_000, 1e-3
 
 
 class AnnotationMixin:
@@ -60,7 +60,7 @@ class AnnotationMixin:
             Level of the hierarchy; leaf populations by default.
         log_density_threshold
             Cells whose :meth:`get_log_density` is lower are like none of the populations and get no label. ``"auto"`` is
-            the value that one in ten thousand cells drawn from the model does not reach; ``-inf`` labels every cell.
+            the value that one in a thousand cells drawn from the model does not reach; ``-inf`` labels every cell.
         min_probability
             Cells whose most probable population (or group) is less probable get no label there.
         key_added
