@@ -130,6 +130,7 @@ class ScyanModel(
         if adata is not None:
             setup = self._setup
             check_intensities(self._gene_data(adata), self.table.markers, setup["layer"], setup["nan_layer"])
+            self._warn_about_table()
         sets, share = self._label_sets()
         if not isinstance(n_ensemble, int) or n_ensemble < 1:
             raise ValueError(f"`n_ensemble` must be a positive integer, got {n_ensemble!r}; 1 trains a single network.")

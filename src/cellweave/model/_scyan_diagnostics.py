@@ -22,6 +22,8 @@ __all__ = ["DiagnosticsMixin"]
 
 # Below this rank correlation with the measured marker a latent marker no longer is that marker.
 _LEAST_SPEARMAN = 0.7
+# Beyond this distance of its mean from a mode, the cells of a population of this share are on the other side of a marker.
+_LARGEST_OFFSET, _LEAST_SHARE = 1.0, 0.01
 # Cells that diagnostics after training look at.
 _N_CHECKED = 20_000
 
@@ -218,6 +220,17 @@ class DiagnosticsMixin:
         batches, best = values[:, -3:-1].T.astype(np.int64)
         return _Cells(values[:, :n_markers], values[:, n_markers:-3], batches, best, values[:, -1])
 
+    def _warn_about_table(self) -> None:
+        """One sentence on populations that no model can tell apart."""
+        separable = self.table.separating_markers().any(-1)
+        pairs = np.argwhere(np.triu(~separable, 1))
+        if len(pairs):
+            first = ", ".join(f"{self.populations[a]!r} and {self.populations[b]!r}" for a, b in pairs[:3])
+            _warn(
+                f"No marker of `table` tells {len(pairs)} pair(s) of populations apart ({first}), so their labels are guesses; fill in "
+                "an entry in which they differ, see `cellweave.pp.check_marker_table`."
+            )
+
     def _warn_about_fit(self) -> None:
         """One sentence each on markers and populations of a fresh fit that deserve a look."""
         if self.adata is None:
@@ -231,7 +244,15 @@ class DiagnosticsMixin:
                 f"{len(flagged)} latent marker(s) do not follow the measured marker (rank correlation: {listed}), so labels that "
                 "rest on them may be wrong; see `get_marker_diagnostics`, and train a model with a larger `monotone_weight`."
             )
-        counts = self.get_population_diagnostics(indices=rows)["n_cells"]
+        populations = self.get_population_diagnostics(indices=rows)
+        counts = populations["n_cells"]
+        wrong = populations.index[(populations["offset"] > _LARGEST_OFFSET) & (populations["share"] > _LEAST_SHARE)]
+        if len(wrong):
+            listed = ", ".join(f"{name!r} in {populations.at[name, 'marker']!r}" for name in wrong[:5])
+            _warn(
+                f"The cells of {len(wrong)} population(s) are far from what the table says in the latent space ({listed}), so they may "
+                "be other cells; see `get_population_diagnostics`, and check the table and the scaling of these markers."
+            )
         empty = counts.index[counts == 0]
         if len(empty):
             of = "" if len(rows) == self.adata.n_obs else f" of {len(rows)} randomly chosen"
