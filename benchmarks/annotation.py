@@ -5,11 +5,12 @@ Every fit is one command, which adds a line to the results; steps that are there
     export CELLWEAVE_DATA=<folder with the data> OMP_NUM_THREADS=1
     python benchmarks/annotation.py prepare --folder <folder>
     python benchmarks/annotation.py run bmmc default --seed 0 --folder <folder>
-    original/bin/python benchmarks/annotation.py run bmmc original --seed 0 --folder <folder>
+    original/bin/python -P benchmarks/annotation.py run bmmc original --seed 0 --folder <folder>
     python benchmarks/annotation.py new-samples --folder <folder>
     python benchmarks/annotation.py table --folder <folder> --output benchmarks/results/annotation.md
 
-``original`` runs in an environment of its own, with ``scyan`` from PyPI and its defaults. Data are transformed as the notes
+``original`` runs in an environment of its own, with ``scyan`` from PyPI and its defaults (``-P``: the file ``scyan.py`` beside this one
+would be found before the package). Data are transformed as the notes
 beside them say and are the same for all; every cell gets a label (no rejection), and cells whose label is not in the table
 take part in training but not in the scores, except where the notes remove them. The table alone (no flow) and a Gaussian mixture
 started at the table stand beside every data set.
