@@ -65,7 +65,7 @@ class DiagnosticsMixin:
         spearman = np.divide(spearman, weight, out=np.full(len(weight), np.nan), where=weight > 0)
         flag = np.select([spearman < 0, spearman < _LEAST_SPEARMAN], ["flipped", "ignored"], "")
         known = (~np.isnan(self.table.rho)).sum(0)
-        index = pd.Index(list(self.markers), name="marker")
+        index = pd.Index(list(self.table.markers), name="marker")
         return pd.DataFrame({"spearman": spearman, "n_known": known, "flag": flag}, index=index)
 
     def get_population_diagnostics(
@@ -151,7 +151,7 @@ class DiagnosticsMixin:
         measured, latent, _ = self._measured_and_latent(adata, indices, batch_size)
         best = self._best(latent)
         means = _group_means(latent if values == "latent" else measured, best, len(self.populations))
-        return pd.DataFrame(means, pd.Index(list(self.populations), name="population"), list(self.markers))
+        return pd.DataFrame(means, pd.Index(list(self.populations), name="population"), list(self.table.markers))
 
     def refine_table(
         self,
