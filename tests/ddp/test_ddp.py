@@ -139,3 +139,22 @@ def test_sharded_weights(launch):
     assert all(torch.equal(run.weights[0][name], value) for name, value in run.weights[1].items())
     model = StackModel.load(launch.folder / "model-fsdp-2", accelerator="cpu")
     assert all(torch.equal(run.weights[0][name], value) for name, value in model.module.state_dict().items())
+
+
+def test_population_weights_without_gradient(launch):
+    """Protects ScyanModel: epochs in which a parameter has no gradient do not hang, and give the curves of one process."""
+    both = launch("scyan", 2)
+    _assert_same_curves(both, launch("scyan", 1))
+    entropy = both.results[0]["history"]["pi_entropy_train"]
+    assert entropy[1] == entropy[2], "two of three epochs leave the population weights alone"
+    assert entropy[0] != entropy[1]
+    assert "label_loss_train" in both.results[0]["history"]
+    assert all(torch.equal(both.weights[0][name], value) for name, value in both.weights[1].items())
+
+
+def test_early_stopping_of_a_temperature_schedule(launch):
+    """Protects ScyanModel: validated once per cycle, all ranks stop after the second cycle, as one process does."""
+    runs = [launch("scyan_stop", devices) for devices in (1, 2)]
+    assert [run.status for run in runs] == [0, 0], runs[1].stderr
+    lengths = [len(result["history"]["train_loss"]) for run in runs for result in run.results]
+    assert lengths == [6, 6, 6]

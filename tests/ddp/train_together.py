@@ -22,7 +22,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import FSDPStrategy
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from cellweave.model import StackModel
+from cellweave.model import ScyanModel, StackModel
 from cellweave.train import fsdp_strategy
 
 # Cells per step of all processes together.
@@ -42,6 +42,28 @@ def simulate() -> AnnData:
         index=[f"cell{i}" for i in range(75)],
     )
     return AnnData(sp.csr_matrix(counts), obs=obs, var=pd.DataFrame(index=[f"gene{j}" for j in range(12)]))
+
+
+def stack(adata: AnnData) -> StackModel:
+    """A tiny StackModel."""
+    StackModel.setup_anndata(adata, batch_key="batch", context_key="donor")
+    torch.manual_seed(3)
+    sizes = {"n_hidden": 4, "token_dim": 4, "n_layers": 1, "n_cells": 8, "n_heads": 2, "n_proj": 8}
+    return StackModel(adata, **sizes, sw_weight=0.5, batch_condition="both")
+
+
+def scyan(counts: AnnData) -> ScyanModel:
+    """A tiny ScyanModel with a label in every fifth cell; two of three epochs use the temperature."""
+    rho = np.array([[1, -1, -1, np.nan], [-1, 1, -1, -1], [-1, -1, 1, 1]])
+    kind = np.arange(counts.n_obs) % 3
+    noise = np.random.default_rng(1).normal(0, 0.3, size=(counts.n_obs, 4))
+    adata = AnnData((np.nan_to_num(rho)[kind] + noise).astype(np.float32), obs=counts.obs[["batch"]].copy())
+    adata.var_names = ["m0", "m1", "m2", "m3"]
+    adata.obs["label"] = np.where(np.arange(counts.n_obs) % 5 == 0, np.array(["p0", "p1", "p2"])[kind], "unknown")
+    ScyanModel.setup_anndata(adata, batch_key="batch", labels_key="label")
+    torch.manual_seed(3)
+    table = pd.DataFrame(rho, index=["p0", "p1", "p2"], columns=adata.var_names)
+    return ScyanModel(adata, table, n_hidden=4, n_hidden_layers=1, n_layers=3)
 
 
 class Record(Callback):
@@ -87,6 +109,8 @@ CASES = {
     "resumed": {"resume": "auto"},
     "alone": {"resume": "auto"},
     "fsdp": {"strategy": sharded},
+    "scyan": {"model": scyan, "early_stopping": False},
+    "scyan_stop": {"model": scyan, "max_epochs": 12, "early_stopping": True, "early_stopping_min_delta": 100.0},
 }
 
 
@@ -95,20 +119,7 @@ def main(output: Path, devices: int, case: str) -> None:
     warnings.simplefilter("ignore")
     options = dict(CASES[case])
     scvi.settings.seed = 0
-    adata = simulate()
-    StackModel.setup_anndata(adata, batch_key="batch", context_key="donor")
-    torch.manual_seed(3)
-    model = StackModel(
-        adata,
-        n_hidden=4,
-        token_dim=4,
-        n_layers=1,
-        n_cells=8,
-        n_heads=2,
-        n_proj=8,
-        sw_weight=0.5,
-        batch_condition="both",
-    )
+    model = options.pop("model", stack)(simulate())
     record = Record()
     callbacks = [record]
     if "kill" in options:

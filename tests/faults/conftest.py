@@ -16,27 +16,81 @@ import scvi
 import torch
 from anndata import AnnData
 
-from cellweave.model import StackModel
+from cellweave.model import ScyanModel, StackModel
 
 
 class Family(NamedTuple):
-    """How to build, train and ask a model."""
+    """How to build, train and ask a model, and what it reads."""
 
     model: type
     arguments: dict[str, Any]
     training: dict[str, Any]
+    reads: str  # "counts" or "intensities"
+    part: str  # setup argument that names the layer in a MuData
+    values: dict[str, dict[str, Any]]  # getters whose values must be finite, with their options
+    setup: dict[str, Any] = {}  # setup arguments of models that read what clean data have beyond batch and label
 
-    def fit(self, adata: Any, setup: str = "setup_anndata", training: dict | None = None, **options: Any) -> Any:
+    def data(self, counts: AnnData) -> AnnData:
+        """Clean data of the family, from those of :func:`make_adata`: as they are, or as scaled intensities."""
+        return counts if self.reads == "counts" else intensities(counts)
+
+    def create(self, adata: Any, setup: str = "setup_anndata", arguments: dict | None = None, **options: Any) -> Any:
         scvi.settings.seed = 0
         getattr(self.model, setup)(adata, **{"batch_key": "batch", "labels_key": "cell_type", **options})
-        model = self.model(adata, **self.arguments)
-        model.train(accelerator="cpu", enable_progress_bar=False, **{**self.training, **(training or {})})
+        return self.model(adata, **{**self.arguments, **(arguments or {})})
+
+    def train(self, model: Any, **training: Any) -> Any:
+        model.train(accelerator="cpu", enable_progress_bar=False, **{**self.training, **training})
         return model
+
+    def fit(self, adata: Any, setup: str = "setup_anndata", training: dict | None = None, **options: Any) -> Any:
+        return self.train(self.create(adata, setup, **options), **(training or {}))
+
+    def results(self, model: Any, adata: Any = None) -> dict[str, np.ndarray]:
+        return {name: np.asarray(getattr(model, name)(adata, **options)) for name, options in self.values.items()}
+
+
+def intensities(counts: AnnData) -> AnnData:
+    """The cells of `make_adata` with scaled intensities near -1 and 1: one marker in three belongs to each cell type.
+
+    Multiples of 1/8, which all types of floating point numbers hold, none of them zero; CSR like the counts.
+    """
+    rng = np.random.default_rng(counts.n_obs)
+    kind = counts.obs["cell_type"].cat.codes.to_numpy()[:, None]
+    noise = rng.integers(-3, 4, size=counts.shape) / 8
+    x = np.where(np.arange(counts.n_vars) % 3 == kind, 1.0, -1.0) + noise
+    counts.X = sp.csr_matrix(x.astype(np.float32))
+    return counts
+
+
+def table() -> pd.DataFrame:
+    """What is known about the cell types of `make_adata` and their first six markers, with a level of groups."""
+    rho = np.where(np.arange(6) % 3 == np.arange(3)[:, None], 1.0, -1.0)
+    rho[0, 4] = np.nan
+    index = pd.MultiIndex.from_arrays([["B", "NK", "T"], ["B", "NK/T", "NK/T"]], names=["population", "lineage"])
+    return pd.DataFrame(rho, index=index, columns=[f"gene{j}" for j in range(6)])
 
 
 TINY = {"n_hidden": 4, "token_dim": 4, "n_layers": 1, "n_heads": 2, "n_cells": 16, "n_proj": 4}
+SMALL = {"table": table(), "n_hidden": 4, "n_hidden_layers": 1, "n_layers": 3}
 FAMILIES = {
-    "stack": Family(StackModel, TINY, {"max_epochs": 1, "batch_size": 32}),
+    "stack": Family(
+        StackModel,
+        TINY,
+        {"max_epochs": 1, "batch_size": 32},
+        "counts",
+        "rna_layer",
+        {"get_latent_representation": {}, "get_normalized_expression": {"return_numpy": True}},
+        {"context_key": "donor"},
+    ),
+    "scyan": Family(
+        ScyanModel,
+        SMALL,
+        {"max_epochs": 1, "batch_size": 32},
+        "intensities",
+        "protein_layer",
+        {"get_latent_representation": {}, "predict_proba": {}, "get_log_density": {}, "correct_batch": {}},
+    ),
 }
 
 
@@ -52,20 +106,46 @@ def family(request) -> Family:
     return FAMILIES[request.param]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "reads(kind): a fault of models that read counts, or intensities, only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the faults that a family cannot have: fractions are none of intensities."""
+    foreign = [item for item in items if _is_foreign(item)]
+    if foreign:
+        config.hook.pytest_deselected(items=foreign)
+        items[:] = [item for item in items if item not in set(foreign)]
+
+
+def _is_foreign(item: pytest.Item) -> bool:
+    mark, parameters = item.get_closest_marker("reads"), getattr(getattr(item, "callspec", None), "params", {})
+    family = FAMILIES.get(parameters.get("family", parameters.get("fitted")))
+    return mark is not None and family is not None and family.reads not in mark.args
+
+
+@pytest.fixture
+def make(family, make_adata) -> Callable[..., AnnData]:
+    """Function that simulates clean data of the family, with the arguments of :func:`make_adata`."""
+    return lambda *args, **kwargs: family.data(make_adata(*args, **kwargs))
+
+
 class Fitted(NamedTuple):
-    """A model of a family trained on clean data, and its embedding of them."""
+    """A model of a family trained on clean data, its embedding of them, and what makes such data."""
 
     family: Family
     model: Any
     z: np.ndarray
+    make: Callable[..., AnnData]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def fitted(request, make_adata) -> Fitted:
     """Each family in turn, trained on clean data once per file. Never change the model."""
     family = FAMILIES[request.param]
-    model = family.fit(make_adata())
-    return Fitted(family, model, model.get_latent_representation())
+    model = family.fit(family.data(make_adata()))
+    z = np.asarray(model.get_latent_representation())
+    return Fitted(family, model, z, lambda *args, **kwargs: family.data(make_adata(*args, **kwargs)))
 
 
 # ---------------------------------------------------------------- what a refusal must leave alone

@@ -44,9 +44,9 @@ def saved(fitted, tmp_path) -> Saved:
 
 
 @pytest.fixture(scope="module")
-def other(fitted, make_adata) -> Any:
+def other(fitted) -> Any:
     """A second model of the family with other weights, and otherwise the same."""
-    model = fitted.family.fit(make_adata())
+    model = fitted.family.fit(fitted.make())
     with torch.no_grad():
         for parameter in model.module.parameters():
             parameter.add_(0.5)
@@ -70,7 +70,7 @@ def _names(saved: Saved) -> list[str]:
 # ---------------------------------------------------------------- row 49: damage
 
 
-def test_hundred_flipped_bits_are_noticed(saved, make_adata):
+def test_hundred_flipped_bits_are_noticed(saved):
     """Protects row 49 and against silent corruption: 100 of 100 single flipped bits are refused, naming the file."""
     names, rng, refused = _names(saved), np.random.default_rng(0), 0
     for i in range(100):
@@ -83,7 +83,7 @@ def test_hundred_flipped_bits_are_noticed(saved, make_adata):
         refused += 1
         path.write_bytes(intact)
     assert refused == 100
-    np.testing.assert_array_equal(saved.load(make_adata()).get_latent_representation(), saved.fitted.z)
+    np.testing.assert_array_equal(saved.load(saved.fitted.make()).get_latent_representation(), saved.fitted.z)
 
 
 def test_truncated_files_are_noticed(saved):
@@ -121,10 +121,10 @@ def test_files_of_another_model_are_noticed(saved, other, tmp_path):
     _refused(saved, "(config|registry).json` does not match its checksum")
 
 
-def test_unlisted_files_do_not_matter(saved, make_adata):
+def test_unlisted_files_do_not_matter(saved):
     """Protects users and model hubs that put a README beside a model: it changes nothing."""
     (saved.path / "README.md").write_text("# My model")
-    np.testing.assert_array_equal(saved.load(make_adata()).get_latent_representation(), saved.fitted.z)
+    np.testing.assert_array_equal(saved.load(saved.fitted.make()).get_latent_representation(), saved.fitted.z)
 
 
 def test_wrong_class_is_named(saved):
@@ -258,14 +258,14 @@ def test_forged_rows_cannot_change_the_model(saved, change):
         assert isinstance(saved.load().module, torch.nn.Module)
 
 
-def test_forged_registry_cannot_choose_what_is_called(saved, make_adata):
+def test_forged_registry_cannot_choose_what_is_called(saved):
     """Protects against a registry that names another method than the two setups of a model class."""
     registry = json.loads((saved.path / "registry.json").read_text())
     registry["setup_method_name"] = "convert_legacy_save"
     (saved.path / "registry.json").write_text(json.dumps(registry))
     _forge(saved)
     with pytest.raises(ModelFileError, match="names the setup method 'convert_legacy_save'"):
-        saved.load(make_adata())
+        saved.load(saved.fitted.make())
 
 
 def test_pickle_as_manifest_is_not_executed(saved, tmp_path):
@@ -287,7 +287,7 @@ READERS: dict[str, Callable] = {
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("legacy", [False, True])
-def test_directory_of_scvi_tools_is_not_executed(fitted, make_adata, tmp_path, reader, legacy):
+def test_directory_of_scvi_tools_is_not_executed(fitted, tmp_path, reader, legacy):
     """Protects row 48: a crafted directory in the format of scvi-tools is explained by every reader, unread."""
     folder, payload = tmp_path / "scvi", Payload(tmp_path / "executed")
     folder.mkdir()
@@ -295,7 +295,7 @@ def test_directory_of_scvi_tools_is_not_executed(fitted, make_adata, tmp_path, r
         _as_torch_file(folder / name, payload)
     (folder / "var_names.csv").write_text("gene0\n")
     with pytest.raises((ModelFileError, NotImplementedError), match="pickles?,? .*can run code"):
-        READERS[reader](fitted.family.model, folder, make_adata())
+        READERS[reader](fitted.family.model, folder, fitted.make())
     assert not (tmp_path / "executed").exists()
     assert sorted(os.listdir(tmp_path)) == ["scvi"]
 
@@ -383,7 +383,7 @@ def _start_again(saved: Saved, model: Any | None) -> None:
 @needs_fork
 @killed
 @pytest.mark.parametrize("first", [False, True])
-def test_killed_saves_leave_the_old_or_the_new_model(fitted, other, make_adata, tmp_path, first):
+def test_killed_saves_leave_the_old_or_the_new_model(fitted, other, tmp_path, first):
     """Protects row 47: killed at 20 points, a save leaves the old or the new model, complete; the next cleans up.
 
     Of a first save nothing or the whole model is left.
@@ -475,16 +475,16 @@ def test_saved_model_names_a_modality_that_is_missing(fitted, make_adata, tmp_pa
     family = fitted.family
     if not hasattr(family.model, "setup_mudata"):
         pytest.skip("this family reads no MuData")
-    rna, adt = make_adata(), make_adata(n_genes=5)
-    mdata = mudata.MuData({"rna": rna, "adt": adt})
-    family.model.setup_mudata(mdata, batch_key="batch", modalities={"batch_key": "rna"})
-    model = family.model(mdata, **family.arguments)
-    model.train(accelerator="cpu", enable_progress_bar=False, **family.training)
+    main, adt = fitted.make(), make_adata(n_genes=5)
+    mdata = mudata.MuData({"main": main, "adt": adt})
+    modalities = {family.part: "main", "batch_key": "main"}
+    family.model.setup_mudata(mdata, batch_key="batch", modalities=modalities)
+    model = family.train(family.model(mdata, **family.arguments))
     model.save(tmp_path / "m")
     loaded = Saved(fitted, tmp_path / "m")
-    with pytest.raises(ValueError, match="modality 'rna', but `mdata.mod` has \\['adt'\\]"):
+    with pytest.raises(ValueError, match="modality 'main', but `mdata.mod` has \\['adt'\\]"):
         loaded.load(mudata.MuData({"adt": adt}))
-    z = loaded.load(mudata.MuData({"rna": make_adata(), "adt": adt})).get_latent_representation()
+    z = loaded.load(mudata.MuData({"main": fitted.make(), "adt": adt})).get_latent_representation()
     np.testing.assert_array_equal(z, model.get_latent_representation())
 
 

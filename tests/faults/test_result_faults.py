@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 
@@ -13,26 +14,63 @@ import cellweave
 from cellweave.data import CellSetDataset, align_genes, check_counts
 from cellweave.data._validate import _position
 
-# getters with `key_added` -> (part of the AnnData, call)
+# getters with `key_added` -> part of the AnnData
 WRITERS = {
     "get_latent_representation": "obsm",
     "get_normalized_expression": "layers",
+    "predict": "obs",
+    "predict_proba": "obsm",
+    "get_log_density": "obs",
+    "correct_batch": "layers",
 }
+# an option of a getter that its record shows, and two values
+OPTIONS = {
+    "predict": ("min_probability", 0.1, 0.2),
+    "predict_proba": ("level", "lineage", "lineage"),
+    "get_log_density": (),
+    "correct_batch": ("reference", "b0", "b1"),
+}
+# every method that computes something from data or draws
 GETTERS = {
     "get_latent_representation": {},
     "get_normalized_expression": {},
     "get_masked_predictions": {},
     "get_reconstruction_metrics": {},
     "get_attention": {"indices": [1, 2, 3]},
+    "predict": {},
+    "predict_proba": {},
+    "get_log_density": {},
+    "correct_batch": {},
+    "get_marker_diagnostics": {},
+    "get_population_diagnostics": {},
+    "get_population_profiles": {},
+    "refine_table": {},
 }
 
 
 def _writers(family) -> list[tuple[str, str]]:
-    return [(name, part) for name, part in WRITERS.items() if hasattr(family.model, name)]
+    return [(name, part) for name, part in WRITERS.items() if _defines(family, name)]
+
+
+def _defines(family, name: str) -> bool:
+    """Whether a model has a method of ours; scvi-tools defines some that only say that there is none."""
+    return getattr(getattr(family.model, name, None), "__module__", "").startswith("cellweave")
+
+
+def _option(family, name: str) -> tuple:
+    return OPTIONS.get(name, ("seed", 1, 2) if family.reads == "counts" else ())
 
 
 def _foreign(part: str, adata) -> np.ndarray:
-    return np.full(adata.shape if part == "layers" else (adata.n_obs, 2), 7.0)
+    shape = {"layers": adata.shape, "obs": adata.n_obs, "obsm": (adata.n_obs, 2)}
+    return np.full(shape[part], 7.0)
+
+
+def _assert_written(written, result) -> None:
+    """What was written is what was returned; layers have the columns that the model does not know as NaN."""
+    written, result = pd.DataFrame(written), pd.DataFrame(result)
+    np.testing.assert_array_equal(written.iloc[:, : result.shape[1]], result)
+    assert written.iloc[:, result.shape[1] :].isna().all(axis=None)
 
 
 def test_every_writer_is_listed(families):
@@ -48,40 +86,43 @@ def vars_of(model: type) -> dict[str, object]:
     return {name: getattr(model, name) for name in dir(model)}
 
 
-def test_results_of_others_are_not_replaced(family, make_adata, refuses, monkeypatch):
+def test_results_of_others_are_not_replaced(family, make, refuses, monkeypatch):
     """Protects row 38: a key of the user is refused before anything is computed; `overwrite=True` replaces it."""
-    model = family.fit(make_adata())
+    model = family.fit(make())
     for name, part in _writers(family):
         getattr(model.adata, part)["mine"] = _foreign(part, model.adata)
         with monkeypatch.context() as patch:
             patch.setattr(model.module, "forward", _must_not_run)
-            patch.setattr(type(model), "_over_contexts", _must_not_run, raising=False)
+            patch.setattr(type(model), "_computed", _must_not_run)
             message = rf"`adata.{part}\['mine'\]` already exists.*{type(model).__name__}.*`overwrite=True`"
             with refuses(model.adata, ValueError, message):
                 getattr(model, name)(key_added="mine")
         np.testing.assert_array_equal(getattr(model.adata, part)["mine"], _foreign(part, model.adata))
         result = getattr(model, name)(key_added="mine", overwrite=True)
-        np.testing.assert_array_equal(getattr(model.adata, part)["mine"], result)
+        _assert_written(getattr(model.adata, part)["mine"], result)
         assert model.adata.uns["cellweave"]["mine"]["part"] == part
+        del getattr(model.adata, part)["mine"]
 
 
 def _must_not_run(*args, **kwargs):
     raise AssertionError("computed before the key was checked")
 
 
-def test_results_of_the_same_class_are_replaced_with_their_provenance(family, make_adata):
+def test_results_of_the_same_class_are_replaced_with_their_provenance(family, make):
     """Protects row 38: a second result under the same key replaces values and provenance together."""
-    model = family.fit(make_adata())
+    model = family.fit(make())
     for name, part in _writers(family):
-        getattr(model, name)(key_added=name, seed=1)
-        second = getattr(model, name)(key_added=name, seed=2)
-        np.testing.assert_array_equal(getattr(model.adata, part)[name], second)
-        assert model.adata.uns["cellweave"][name]["parameters"]["seed"] == 2
+        option, *values = _option(family, name) or ("", None, None)
+        for value in values:
+            result = getattr(model, name)(key_added=name, **({option: value} if option else {}))
+            if name != "predict_proba" or option:
+                _assert_written(getattr(model.adata, part)[name], result)
+            assert model.adata.uns["cellweave"][name]["parameters"].get(option) == value
 
 
-def test_results_of_another_class_or_part_are_not_replaced(family, make_adata):
+def test_results_of_another_class_or_part_are_not_replaced(family, make):
     """Protects row 38: the record must name this class and this part of the AnnData; old records name no part."""
-    model = family.fit(make_adata())
+    model = family.fit(make())
     name, part = _writers(family)[0]
     getattr(model, name)(key_added="z")
     record = model.adata.uns["cellweave"]["z"]
@@ -96,41 +137,49 @@ def test_results_of_another_class_or_part_are_not_replaced(family, make_adata):
         getattr(model, name)(key_added="z")
 
 
-def test_key_must_be_a_name(family, make_adata, refuses):
+def test_key_must_be_a_name(family, make, refuses):
     """Protects the AnnData from keys that no file can hold."""
-    model = family.fit(make_adata())
+    model = family.fit(make())
     for name, _ in _writers(family):
         for key in ("", 3):
             with refuses(model.adata, ValueError, "`key_added` must be a name"):
                 getattr(model, name)(key_added=key)
 
 
-def test_no_getter_touches_the_random_state(family, make_adata, keeps_random_state):
+def test_no_getter_touches_the_random_state(family, make, keeps_random_state):
     """Protects the user's own draws through setup, every getter, own data and queries, and writing."""
-    adata = make_adata()
+    adata = make()
     with keeps_random_state():
-        family.model.setup_anndata(adata, batch_key="batch", labels_key="cell_type", context_key="donor")
-    model = family.fit(make_adata())
-    found = [name for name in vars_of(family.model) if name.startswith("get_") and name in GETTERS]
+        family.model.setup_anndata(adata, batch_key="batch", labels_key="cell_type", **family.setup)
+    model = family.fit(make())
+    found = [name for name in GETTERS if _defines(family, name)]
     assert "get_latent_representation" in found
     for name in found:
-        for options in ({}, {"adata": make_adata(seed=1)}):
+        for options in ({}, {"adata": make(seed=1)}):
             with keeps_random_state():
                 getattr(model, name)(**GETTERS[name], **options)
-    for name, _ in _writers(family):
+    for name, part in _writers(family):
         with keeps_random_state():
-            getattr(model, name)(key_added="z")
-            getattr(model, name)(make_adata()[:, ::-1].copy(), n_context_repeats=2)
+            getattr(model, name)(key_added=f"z_{part}_{name}")
+            more = {"n_context_repeats": 2} if family.reads == "counts" else {}
+            getattr(model, name)(make()[:, ::-1].copy(), **more)
+    if hasattr(model, "sample"):
+        with keeps_random_state():
+            model.sample(5)
+            model.sample(5, seed=3)
 
 
 def test_every_getter_is_listed(families):
-    """Protects this file: every public `get_...` that cellweave defines, of any family, is in the table."""
+    """Protects this file: every public method of any family that takes cells (`indices`) is in the table."""
     for family in families.values():
         ours = [
             name
             for name, method in vars_of(family.model).items()
-            if name.startswith("get_") and getattr(method, "__module__", "").startswith("cellweave")
+            if name[0] != "_"
+            and getattr(method, "__module__", "").startswith("cellweave")
+            and "indices" in getattr(getattr(method, "__code__", None), "co_varnames", ())
         ]
+        assert "get_latent_representation" in ours
         assert set(ours) <= set(GETTERS)
 
 
@@ -164,10 +213,11 @@ def test_no_32_bit_index_is_written_in_our_code():
     assert casts == checked
 
 
-def test_wide_indices_stay_wide_and_right(fitted, make_adata):
+def test_wide_indices_stay_wide_and_right(fitted):
     """Protects row 24: checks, alignment and sparse batches of int64 indices equal those of int32."""
-    plain, wide = make_adata(), _wide(make_adata())
-    check_counts(wide)
+    plain, wide = fitted.make(), _wide(fitted.make())
+    if fitted.family.reads == "counts":
+        check_counts(wide)
     assert wide.X.indptr.dtype == wide.X.indices.dtype == np.int64
     genes = list(plain.var_names[::-1])
     np.testing.assert_array_equal(align_genes(wide, genes).X.toarray(), align_genes(plain, genes).X.toarray())

@@ -17,11 +17,8 @@ from anndata import AnnData
 from zarr.codecs import ZstdCodec
 
 from cellweave.io import open_store
-from cellweave.model import StackModel
 from cellweave.pp import write_store
 
-TINY = {"n_hidden": 4, "token_dim": 4, "n_layers": 1, "n_heads": 2, "n_cells": 16, "n_proj": 4}
-QUICK = {"max_epochs": 1, "batch_size": 32, "accelerator": "cpu", "enable_progress_bar": False}
 BLOCKS = {"block_size": 16, "buffer_size": 32}
 
 
@@ -33,6 +30,22 @@ def adata(make_adata) -> AnnData:
 @pytest.fixture
 def path(adata, tmp_path, monkeypatch) -> Path:
     """A zarr store of several chunks with checksums."""
+    return _write(adata, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def data(make) -> AnnData:
+    """Data of each family in turn."""
+    return make(n_cells=160)
+
+
+@pytest.fixture
+def data_path(data, tmp_path, monkeypatch) -> Path:
+    """They in a zarr store of several chunks with checksums."""
+    return _write(data, tmp_path, monkeypatch)
+
+
+def _write(adata, tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr("cellweave.pp._store._MIN_CHUNK", 2**8)
     monkeypatch.setattr("cellweave.pp._store._CHUNK_CELLS", 16)
     write_store(adata, tmp_path / "a.zarr", compression="zstd", shuffle=False)
@@ -52,15 +65,12 @@ def _flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-def _model(adata) -> StackModel:
-    scvi.settings.seed = 0
-    StackModel.setup_anndata(adata, batch_key="batch")
-    return StackModel(adata, **TINY)
+def _model(family, adata):
+    return family.create(adata, labels_key=None)
 
 
-def _train(model) -> StackModel:
-    model.train(**QUICK, datasplitter_kwargs=BLOCKS)
-    return model
+def _train(family, model):
+    return family.train(model, datasplitter_kwargs=BLOCKS)
 
 
 def _state(model) -> list[torch.Tensor]:
@@ -167,14 +177,14 @@ def test_gene_numbers_beyond_the_last(adata, tmp_path):
 
 @pytest.mark.parametrize("name", ["data", "indices"])
 @pytest.mark.parametrize("fault", ["flip", "truncate", "delete"])
-def test_damage_in_the_middle_of_training(path, name, fault):
+def test_damage_in_the_middle_of_training(family, data_path, name, fault):
     """Protects the model (row 36): the error names file and cells, the model says truthfully whether it is trained.
 
     A training run that failed leaves a usable model, and with the file restored it trains again, to the same weights as
     a model that has never seen the damage.
     """
-    model = _model(open_store(path))
-    chunk = _chunks(path, name)[2]
+    model = _model(family, open_store(data_path))
+    chunk = _chunks(data_path, name)[2]
     good = chunk.read_bytes()
     if fault == "flip":
         _flip(chunk)
@@ -183,61 +193,61 @@ def test_damage_in_the_middle_of_training(path, name, fault):
     else:
         chunk.unlink()
     with pytest.raises(OSError, match=r"a\.zarr.*(cannot be read|are missing).*restore the (file|store) from a copy"):
-        _train(model)
+        _train(family, model)
     assert not model.is_trained
     chunk.write_bytes(good)
-    again = _train(_model(open_store(path)))
-    fresh = _model(open_store(path))
+    again = _train(family, _model(family, open_store(data_path)))
+    fresh = _model(family, open_store(data_path))
     scvi.settings.seed = 0
-    assert _equal(_state(_train(fresh)), _state(again))
-    assert _train(model).is_trained
-    assert np.isfinite(model.get_latent_representation()).all()
+    assert _equal(_state(_train(family, fresh)), _state(again))
+    assert _train(family, model).is_trained
+    assert np.isfinite(np.asarray(model.get_latent_representation())).all()
 
 
-def test_a_trained_model_survives_a_failed_second_training(path):
+def test_a_trained_model_survives_a_failed_second_training(family, data_path):
     """Protects what was learned: after a failed continuation the model is still trained and embeds other data."""
-    model = _train(_model(open_store(path)))
-    clean = ad.read_zarr(path)
-    _flip(_chunks(path, "data")[1])
+    model = _train(family, _model(family, open_store(data_path)))
+    clean = ad.read_zarr(data_path)
+    _flip(_chunks(data_path, "data")[1])
     with pytest.raises(OSError, match="cannot be read"):
-        _train(model)
+        _train(family, model)
     assert model.is_trained
     with pytest.raises(OSError, match="cannot be read"):
         model.get_latent_representation()
-    assert np.isfinite(model.get_latent_representation(clean)).all()
+    assert np.isfinite(np.asarray(model.get_latent_representation(clean))).all()
 
 
-def test_training_continues_on_other_data(path, adata, tmp_path):
+def test_training_continues_on_other_data(family, data_path, data, tmp_path):
     """Protects the way out: the model of a damaged store goes on with the same cells from another file."""
-    store = open_store(path)
-    model = _model(store)
-    _flip(_chunks(path, "data")[1])
+    store = open_store(data_path)
+    model = _model(family, store)
+    _flip(_chunks(data_path, "data")[1])
     with pytest.raises(OSError, match="cannot be read"):
-        _train(model)
-    adata.write_h5ad(tmp_path / "b.h5ad")
+        _train(family, model)
+    data.write_h5ad(tmp_path / "b.h5ad")
     other = open_store(tmp_path / "b.h5ad")
-    StackModel.setup_anndata(other, batch_key="batch")
+    family.model.setup_anndata(other, batch_key="batch")
     model.adata = other
-    assert _train(model).is_trained
+    assert _train(family, model).is_trained
 
 
-def test_store_deleted_between_setup_and_training(path):
+def test_store_deleted_between_setup_and_training(family, data_path):
     """Protects against training on zeros: a zarr store that is gone is an error, not a matrix without counts."""
-    model = _model(open_store(path))
+    model = _model(family, open_store(data_path))
     before = _state(model)
-    shutil.rmtree(path)
+    shutil.rmtree(data_path)
     with pytest.raises(OSError, match=r"a\.zarr"):
-        _train(model)
+        _train(family, model)
     assert not model.is_trained
     assert _equal(before, _state(model))
 
 
-def test_h5ad_deleted_between_setup_and_training(adata, tmp_path):
+def test_h5ad_deleted_between_setup_and_training(family, data, tmp_path):
     """Protects running jobs: an open HDF5 file can be read to the end after its name was deleted."""
-    adata.write_h5ad(tmp_path / "a.h5ad")
-    model = _model(open_store(tmp_path / "a.h5ad"))
+    data.write_h5ad(tmp_path / "a.h5ad")
+    model = _model(family, open_store(tmp_path / "a.h5ad"))
     (tmp_path / "a.h5ad").unlink()
-    assert _train(model).is_trained
+    assert _train(family, model).is_trained
 
 
 def test_damaged_chunk_of_an_h5ad(adata, tmp_path):
@@ -275,17 +285,17 @@ def test_damaged_dense_chunk(adata, tmp_path):
 # ---------------------------------------------------------------- dask
 
 
-def test_dask_is_read_like_memory(adata):
+def test_dask_is_read_like_memory(family, data):
     """Protects delayed arrays (row 35): sparse and dense chunks train to the weights of the counts in memory."""
     array = pytest.importorskip("dask.array")
     states = []
     for x in (
-        adata.X,
-        array.from_array(adata.X, chunks=(50, 20), asarray=False),
-        array.from_array(adata.X.toarray(), chunks=(30, 7)),
+        data.X,
+        array.from_array(data.X, chunks=(50, 20), asarray=False),
+        array.from_array(data.X.toarray(), chunks=(30, 7)),
     ):
-        other = adata.copy()
+        other = data.copy()
         other.X = x
-        states.append(_state(_train(_model(other))))
+        states.append(_state(_train(family, _model(family, other))))
     assert _equal(states[0], states[1])
     assert _equal(states[0], states[2])

@@ -16,15 +16,9 @@ class Stop(Callback):
 
 
 @pytest.fixture
-def untrained(family, make_adata):
+def untrained(family, make):
     """A model of the family before training."""
-    adata = make_adata()
-    family.model.setup_anndata(adata, batch_key="batch", labels_key="cell_type")
-    return family.model(adata, **family.arguments)
-
-
-def _train(model, family, **options) -> None:
-    model.train(accelerator="cpu", enable_progress_bar=False, **family.training, **options)
+    return family.create(make())
 
 
 def test_loss_that_is_not_finite(untrained, family, monkeypatch):
@@ -39,7 +33,7 @@ def test_loss_that_is_not_finite(untrained, family, monkeypatch):
 
     monkeypatch.setattr(untrained.module, "loss", broken)
     with pytest.raises(RuntimeError, match=r"^The loss is not finite at step 0 \(epoch 0; .*=.*; rows \d+.*\); lower"):
-        _train(untrained, family, train_size=1.0)
+        family.train(untrained, train_size=1.0, early_stopping=False)
     assert not untrained.is_trained
     assert all(torch.equal(weight, weights[name]) for name, weight in untrained.module.state_dict().items())
 
@@ -47,8 +41,8 @@ def test_loss_that_is_not_finite(untrained, family, monkeypatch):
 def test_interrupted_training(untrained, family):
     """Protects row 46: the model says that it is not trained, keeps working, and can be trained again."""
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        _train(untrained, family, callbacks=[Stop()])
+        family.train(untrained, callbacks=[Stop()])
     assert not untrained.is_trained
-    _train(untrained, family)
+    family.train(untrained)
     assert untrained.is_trained
-    assert np.isfinite(untrained.get_latent_representation()).all()
+    assert all(np.isfinite(values).all() for values in family.results(untrained).values())

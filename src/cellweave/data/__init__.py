@@ -1,7 +1,14 @@
 """From AnnData to tensors: checks, gene alignment, contexts, loaders."""
 
 from ._columns import take_columns
-from ._fields import CategoryObsField, GroupObsField, MuDataCategoryObsField, MuDataGroupObsField
+from ._fields import (
+    CategoriesObsField,
+    CategoryObsField,
+    GroupObsField,
+    MuDataCategoriesObsField,
+    MuDataCategoryObsField,
+    MuDataGroupObsField,
+)
 from ._genes import align_genes, match_genes
 from ._loader import CellSetDataset, CellSetLoader, gene_shares
 from ._rows import DiskRows, Rows, as_csr, row_source
@@ -22,6 +29,7 @@ from ._validate_markers import check_intensities, check_measured, find_markers
 
 # `CellStore` is public as `cellweave.io.CellStore`; a class can have one place in the API reference only.
 __all__ = [
+    "CategoriesObsField",
     "CategoryObsField",
     "CellSetDataset",
     "CellSetLoader",
@@ -30,6 +38,7 @@ __all__ = [
     "Contexts",
     "DiskRows",
     "GroupObsField",
+    "MuDataCategoriesObsField",
     "MuDataCategoryObsField",
     "MuDataGroupObsField",
     "Part",

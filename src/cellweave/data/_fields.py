@@ -7,11 +7,18 @@ from typing import Any
 
 import numpy as np
 from anndata import AnnData
-from scvi.data.fields import CategoricalObsField
+from scvi.data.fields import CategoricalJointObsField, CategoricalObsField
 
 from cellweave._compat import MuDataWrapper
 
-__all__ = ["CategoryObsField", "GroupObsField", "MuDataCategoryObsField", "MuDataGroupObsField"]
+__all__ = [
+    "CategoriesObsField",
+    "CategoryObsField",
+    "GroupObsField",
+    "MuDataCategoriesObsField",
+    "MuDataCategoryObsField",
+    "MuDataGroupObsField",
+]
 
 
 class CategoryObsField(CategoricalObsField):
@@ -32,6 +39,21 @@ class CategoryObsField(CategoricalObsField):
             adata_target.obs[self.attr_key] = np.zeros(adata_target.n_obs, dtype=np.int64)
             return dict(state_registry)
         return super().transfer_field(state_registry, adata_target, extend_categories=extend_categories, **kwargs)
+
+
+class CategoriesObsField(CategoricalJointObsField):
+    """Several categorical columns, without the categories that no cell has."""
+
+    def register_field(self, adata: AnnData) -> dict[str, Any]:
+        """Register the columns; unused categories stay in ``obs`` but get no code."""
+        state = super().register_field(adata)
+        codes, mappings = getattr(adata, self.attr_name)[self.attr_key], {}
+        for key, names in state[self.MAPPINGS_KEY].items():
+            used, within = np.unique(codes[key], return_inverse=True)
+            codes[key] = within.astype(np.min_scalar_type(len(used)))
+            mappings[key] = names[used]
+        sizes = [len(names) for names in mappings.values()]
+        return {**state, self.MAPPINGS_KEY: mappings, self.N_CATS_PER_KEY: sizes}
 
 
 class GroupObsField(CategoryObsField):
@@ -59,5 +81,6 @@ class _quiet_small_groups(warnings.catch_warnings):
         warnings.filterwarnings("ignore", message=".*fewer than 3 cells.*")
 
 
+MuDataCategoriesObsField = MuDataWrapper(CategoriesObsField)
 MuDataCategoryObsField = MuDataWrapper(CategoryObsField)
 MuDataGroupObsField = MuDataWrapper(GroupObsField)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -12,7 +13,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from ._rows import Rows, column_rows
-from ._validate import _some, _warn, get_counts
+from ._validate import _layer_names, _some, _warn, get_counts
 
 __all__ = ["check_intensities", "check_measured", "find_markers"]
 
@@ -33,14 +34,24 @@ def find_markers(names: pd.Index, markers: Sequence[str]) -> NDArray[np.int64]:
     position = pd.Index(names.astype(str)).get_indexer(list(markers))
     missing = [marker for marker, at in zip(markers, position, strict=True) if at < 0]
     if missing:
-        by_lower = {name.lower(): name for name in names.astype(str)}
-        close = get_close_matches(missing[0].lower(), by_lower, n=3, cutoff=0.6)
-        similar = f", which has {_some([by_lower[name] for name in close])}" if close else ""
+        similar = (
+            f", which has {_some(close)}"
+            if (close := _similar(missing[0], set(names.astype(str)) - set(markers)))
+            else ""
+        )
         raise ValueError(
             f"{len(missing)} of the {len(markers)} markers of the table are not in `adata.var_names` (first: "
             f"{_some(missing)}){similar}; rename the columns of the table or the variables of the data so that they agree."
         )
     return position.astype(np.int64)
+
+
+def _similar(marker: str, names: Collection[str]) -> list[str]:
+    """Names that may be the marker: much like it, or beginning with it, as ``CD3(Er170)Di`` does."""
+    by_lower = {name.lower(): name for name in sorted(names)}
+    close = get_close_matches(marker.lower(), by_lower, n=3, cutoff=0.6)
+    longer = [name for name in by_lower if re.match(rf"{re.escape(marker.lower())}\W", name)]
+    return [by_lower[name] for name in dict.fromkeys([*close, *longer])][:3]
 
 
 def check_intensities(
@@ -107,7 +118,7 @@ def check_measured(adata: AnnData, nan_layer: str | None) -> None:
     if nan_layer is None:
         return
     if nan_layer not in adata.layers:
-        raise KeyError(f"`nan_layer={nan_layer!r}` not found; `adata.layers` has {_some(adata.layers)}.")
+        raise KeyError(f"`nan_layer={nan_layer!r}` not found; `adata.layers` has {_some(_layer_names(adata))}.")
     rows = column_rows(adata.layers[nan_layer], np.arange(adata.n_vars))
     if isinstance(rows, Rows) and rows.on_disk:
         raise ValueError(f"`nan_layer={nan_layer!r}` is on disk; load the data with `adata.to_memory()` first.")

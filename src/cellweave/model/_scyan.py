@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cellweave._keys import REGISTRY_KEYS
 from cellweave._types import AnnOrMuData
-from cellweave.data import check_intensities
+from cellweave.data import check_groups, check_intensities, check_known
 from cellweave.io import MarkerTable
 from cellweave.module import ScyanEnsemble, ScyanModule
 from cellweave.nn import CovariateEncoder
@@ -131,7 +131,7 @@ class ScyanModel(
             setup = self._setup
             check_intensities(self._gene_data(adata), self.table.markers, setup["layer"], setup["nan_layer"])
             self._warn_about_table()
-        sets, share = self._label_sets()
+        sets = self._label_sets() if label_weight > 0 else None
         if not isinstance(n_ensemble, int) or n_ensemble < 1:
             raise ValueError(f"`n_ensemble` must be a positive integer, got {n_ensemble!r}; 1 trains a single network.")
         create = ScyanModule if n_ensemble == 1 else partial(ScyanEnsemble, n_ensemble)
@@ -151,8 +151,8 @@ class ScyanModel(
             weight_prior=weight_prior,
             has_missing=self._setup["nan_layer"] is not None,
         )
-        if sets is not None and label_weight > 0:
-            self.module.use_labels(sets, label_weight, share)
+        if sets is not None:
+            self.module.use_labels(sets, label_weight, self._labelled_share())
         self._model_summary_string = "ScyanModel"
         self.init_params_ = self._get_init_params(locals())
 
@@ -249,6 +249,7 @@ class ScyanModel(
         KeyboardInterrupt, SystemExit
             After Ctrl-C, and (with status 143) after SIGTERM. Weights, history and split are kept.
         """
+        self._check_labels()
         batch_size, max_epochs = self._steps(batch_size, max_epochs, train_size, max_cells_per_epoch)
         columns = {} if self.adata is None else self._loader_options(self.adata)
         splitter = {"n_cells": 1, "by_context": False, "max_cells": max_cells_per_epoch, **columns}
@@ -312,12 +313,10 @@ class ScyanModel(
             encoder.standardize(torch.from_numpy(values))
         return encoder
 
-    def _label_sets(self) -> tuple[torch.Tensor | None, float]:
-        """Populations that each label allows, bool ``(label, population)``, and the share of labelled cells."""
+    def _label_sets(self) -> torch.Tensor | None:
+        """Populations that each label allows, bool ``(label, population)``; None without any label."""
         key, blank = self._setup["labels_key"], self._setup["unlabeled_category"]
-        if key is None:
-            return None, 0.0
-        names = self._categories(REGISTRY_KEYS.LABELS)
+        names = [] if key is None else self._categories(REGISTRY_KEYS.LABELS)
         known = {*self.table.populations, *(group for groups in self.table.levels.values() for group in groups)}
         strange = [name for name in names if name not in known and name != blank]
         if strange:
@@ -325,11 +324,35 @@ class ScyanModel(
                 f"`adata.obs[{key!r}]` (`labels_key`) has {len(strange)} label(s) that are neither a population nor a group of "
                 f"the table (first: {strange[0]!r}); rename them, or give cells without a label the value {blank!r}."
             )
-        sets = [
-            [True] * len(self.table.populations) if n == blank else self.table.members_of(n).tolist() for n in names
-        ]
-        share = 1.0
-        if self.adata is not None:
-            codes = np.asarray(self.adata_manager.get_from_registry(REGISTRY_KEYS.LABELS)).ravel()
-            share = float(np.mean(np.array(names, dtype=object)[codes] != blank))
-        return (torch.tensor(sets), share) if share > 0 else (None, 0.0)
+        if all(name == blank for name in names):
+            return None
+        everything = [True] * len(self.table.populations)
+        return torch.tensor([everything if n == blank else self.table.members_of(n).tolist() for n in names])
+
+    def _labelled_share(self) -> float:
+        """Share of cells with a label; without data, 1 until there are some to train on."""
+        if self.adata is None:
+            return 1.0
+        labels = self._labels()
+        return float((labels != self._setup["unlabeled_category"]).mean())
+
+    def _labels(self) -> pd.Series:
+        """Labels of the data of the model."""
+        modality = (self._setup.get("modalities") or {}).get("labels_key")
+        obs = (self.adata if modality is None else self.adata.mod[modality]).obs
+        key = self._setup["labels_key"]
+        check_groups(obs, key, "labels_key")
+        check_known(obs, key, "labels_key", np.asarray(self._categories(REGISTRY_KEYS.LABELS)))
+        return obs[key]
+
+    def _check_labels(self) -> None:
+        """Labels of the data to train on, which after loading may be others than the model was made with."""
+        if not self.module.uses_labels or self.adata is None:
+            return
+        share = self._labelled_share()
+        if share == 0:
+            raise ValueError(
+                f"`adata.obs[{self._setup['labels_key']!r}]` (`labels_key`) has no label, but the model learns from labels; "
+                "label some cells, or make a model without `labels_key`."
+            )
+        self.module.set_label_share(share)

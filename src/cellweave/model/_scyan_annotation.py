@@ -249,8 +249,8 @@ class AnnotationMixin:
         return float(torch.quantile(density.float().cpu(), _REJECTED))
 
 
-def _join(key: str | None, part: str) -> str:
-    return f"{key}_{part}" if part else str(key)
+def _join(key: str | None, part: str) -> str | None:
+    return f"{key}_{part}" if part else key
 
 
 def _categorical(codes: NDArray[np.int64], rows: NDArray[np.int64], n_obs: int, names: Sequence[str]) -> pd.Categorical:

@@ -77,7 +77,7 @@ class DiagnosticsMixin:
         spearman = np.divide(spearman, weight, out=np.full(len(weight), np.nan), where=weight > 0)
         flag = np.select([spearman < 0, spearman < _LEAST_SPEARMAN], ["flipped", "ignored"], "")
         known = (~np.isnan(self.table.rho)).sum(0)
-        index = pd.Index(list(self.markers), name="marker")
+        index = pd.Index(list(self.table.markers), name="marker")
         return pd.DataFrame({"spearman": spearman, "n_known": known, "flag": flag}, index=index)
 
     def get_population_diagnostics(
@@ -158,7 +158,7 @@ class DiagnosticsMixin:
             raise ValueError(f"`values` must be 'latent' or 'measured', got {values!r}; choose one of them.")
         measured, latent, _, best, _ = self._read(adata, indices, batch_size)
         means = _group_means(latent if values == "latent" else measured, best, len(self.populations))
-        return pd.DataFrame(means, pd.Index(list(self.populations), name="population"), list(self.markers))
+        return pd.DataFrame(means, pd.Index(list(self.populations), name="population"), list(self.table.markers))
 
     def refine_table(
         self,

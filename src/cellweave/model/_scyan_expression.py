@@ -68,8 +68,8 @@ class MarkerExpressionMixin:
         values, rows, order, cells = self._per_cell(adata, indices, batch_size, self._latent, "Embedding cells")
         if place is not None:
             everywhere = all_cells(values, rows, place.adata.n_obs)
-            place.write({place.keys[0]: pd.DataFrame(everywhere, place.adata.obs_names, list(self.markers))}, {})
-        return pd.DataFrame(values[order], cells[rows[order]], list(self.markers))
+            place.write({place.keys[0]: pd.DataFrame(everywhere, place.adata.obs_names, list(self.table.markers))}, {})
+        return pd.DataFrame(values[order], cells[rows[order]], list(self.table.markers))
 
     def correct_batch(
         self,
@@ -116,7 +116,7 @@ class MarkerExpressionMixin:
         known = self._categories(REGISTRY_KEYS.BATCH)
         place = self._result_place(adata, "layers", key_added, overwrite=overwrite)
         if reference is None:
-            reference = self._most_frequent_batch(self.adata if adata is None else adata, key)
+            reference = self._most_frequent_batch(self.adata if adata is None else adata, known)
         if reference not in known and reference != _AVERAGE:
             raise ValueError(
                 f"`reference={reference!r}` is not a batch of the model; choose one of {known}, or 'average' for all of them."
@@ -136,14 +136,16 @@ class MarkerExpressionMixin:
         if place is not None:
             layer = all_cells_and_genes(values, rows, self.markers, place.holder)
             place.write({place.keys[0]: layer}, {"reference": reference})
-        return pd.DataFrame(values[order], cells[rows[order]], list(self.markers))
+        return pd.DataFrame(values[order], cells[rows[order]], list(self.table.markers))
 
-    def _most_frequent_batch(self, adata: AnnOrMuData | None, key: str) -> str | None:
-        if adata is None:
-            return None  # a getter without data is refused with a sentence of its own
-        modality = (self._setup.get("modalities") or {}).get("batch_key")
-        obs = adata.obs if modality is None else adata.mod[modality].obs
-        return obs[key].value_counts().index[0] if key in obs else None
+    def _most_frequent_batch(self, adata: AnnOrMuData | None, known: list[Any]) -> Any:
+        """Any batch where data are missing or have unknown batches, which are refused later with sentences of their own."""
+        key, modality = self._setup["batch_key"], (self._setup.get("modalities") or {}).get("batch_key")
+        holder = adata if adata is None or modality is None else adata.mod.get(modality)
+        if holder is None or key not in holder.obs:
+            return known[0]
+        counts = holder.obs[key].value_counts()
+        return next((batch for batch in counts.index if batch in known), known[0])
 
     def sample(
         self,
@@ -169,15 +171,15 @@ class MarkerExpressionMixin:
 
         Returns
         -------
-        AnnData ``(n_samples, marker)`` on the scale of the input, with the covariates and ``"population"`` in ``obs``, latent
-        markers in ``obsm["X_scyan"]``.
+        AnnData ``(n_samples, marker)`` on the scale of the input, with the covariates and ``"population"`` in ``obs``
+        (``"scyan_population"`` if a covariate has that name), latent markers in ``obsm["X_scyan"]``.
 
         Raises
         ------
         RuntimeError
             If the model is not trained.
         ValueError
-            If a population or category is unknown, or lengths do not fit.
+            If a population or category is unknown, a continuous covariate is no number, or lengths do not fit.
         """
         self._check_if_trained(warn=False)
         if not isinstance(n_samples, int | np.integer) or n_samples < 1:
@@ -191,10 +193,12 @@ class MarkerExpressionMixin:
         with torch.inference_mode():
             x, _ = self.module.sample(n_samples, matrix, populations, generator)
             u = self.module.latent(x, matrix)
-        obs.insert(0, "population", pd.Categorical.from_codes(populations.cpu().numpy(), list(self.populations)))
+        # a covariate may have that name
+        name = "scyan_population" if "population" in obs else "population"
+        obs.insert(0, name, pd.Categorical.from_codes(populations.cpu().numpy(), list(self.populations)))
         obs.index = [f"sample{i}" for i in range(n_samples)]
-        drawn = AnnData(x.cpu().numpy(), obs=obs, var=pd.DataFrame(index=list(self.markers)))
-        drawn.obsm["X_scyan"] = pd.DataFrame(u.cpu().numpy(), obs.index, list(self.markers))
+        drawn = AnnData(x.cpu().numpy(), obs=obs, var=pd.DataFrame(index=list(self.table.markers)))
+        drawn.obsm["X_scyan"] = pd.DataFrame(u.cpu().numpy(), obs.index, list(self.table.markers))
         return drawn
 
     def _drawn_populations(
@@ -243,6 +247,8 @@ class MarkerExpressionMixin:
                 raise ValueError(
                     f"`covariates[{key!r}]` has {strange[0]!r}, which the model does not know; use {known[key]}."
                 )
+            if key in numbers and (strange := [v for v in values if not _is_finite(v)]):
+                raise ValueError(f"`covariates[{key!r}]` has {strange[0]!r}, which is no finite number; give numbers.")
             obs[key] = values
         return obs[columns]
 
@@ -269,3 +275,7 @@ class MarkerExpressionMixin:
             torch.as_tensor(np.stack(codes, 1), device=self.device) if codes else None,
             torch.as_tensor(obs[numbers].to_numpy(np.float32), device=self.device) if numbers else None,
         )
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and bool(np.isfinite(value))

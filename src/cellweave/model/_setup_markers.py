@@ -12,9 +12,7 @@ from mudata import MuData
 from numpy.typing import NDArray
 from scvi.data import AnnDataManager
 from scvi.data.fields import (
-    CategoricalJointObsField,
     LayerField,
-    MuDataCategoricalJointObsField,
     MuDataLayerField,
     MuDataNumericalJointObsField,
     NumericalJointObsField,
@@ -24,9 +22,11 @@ from cellweave import _compat
 from cellweave._keys import REGISTRY_KEYS
 from cellweave._types import AnnOrMuData
 from cellweave.data import (
+    CategoriesObsField,
     CategoryObsField,
     CellStore,
     GroupObsField,
+    MuDataCategoriesObsField,
     MuDataCategoryObsField,
     MuDataGroupObsField,
     align_genes,
@@ -237,10 +237,10 @@ def _fields(arguments: Mapping[str, Any]) -> list[Any]:
     modalities = arguments.get("modalities")
     if modalities is None:
         layer, category, group = LayerField, CategoryObsField, GroupObsField
-        joint, numbers = CategoricalJointObsField, NumericalJointObsField
+        joint, numbers = CategoriesObsField, NumericalJointObsField
     else:
         layer, category, group = MuDataLayerField, MuDataCategoryObsField, MuDataGroupObsField
-        joint, numbers = MuDataCategoricalJointObsField, MuDataNumericalJointObsField
+        joint, numbers = MuDataCategoriesObsField, MuDataNumericalJointObsField
 
     def where(argument: str) -> dict[str, Any]:
         return {} if modalities is None else {"mod_key": modalities.get(argument)}
@@ -276,10 +276,15 @@ def _check_columns(
         if registries is not None and argument == "batch_key":
             state = registries[REGISTRY_KEYS.BATCH][_compat.STATE_REGISTRY_KEY]
             check_known(obs, key, argument, np.asarray(state["categorical_mapping"]))
+    seen = {arguments["batch_key"]: "batch_key"}
     for argument in ("categorical_covariate_keys", "continuous_covariate_keys"):
         keys, obs = arguments[argument] or (), _holder(data, argument, modalities).obs
         if isinstance(keys, str):
             raise TypeError(f"`{argument}` must be a list of column names, got {keys!r}; pass `[{keys!r}]`.")
+        for key in keys:
+            if key in seen:
+                raise ValueError(f"`{argument}` names {key!r}, which `{seen[key]}` has already; name it once.")
+            seen[key] = argument
         for key in keys:
             check_groups(obs, key, argument) if argument.startswith("cat") else _check_numbers(obs, key, argument)
             if registries is not None and argument.startswith("cat"):

@@ -108,6 +108,8 @@ class TrainingMixin(UnsupervisedTrainingMixin):
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "precision": trainer.precision,
         }
+        if getattr(splitter, "max_cells", None) is not None:  # checkpoints of the first versions do not have it
+            facts["`max_cells` of the contexts"] = splitter.max_cells
         return {name: str(fact) for name, fact in facts.items()}
 
     @staticmethod

@@ -163,6 +163,23 @@ class ScyanModule(BaseModuleClass):
         self.label_sets = label_sets
         self.objectives.append(LabelCrossEntropy(weight, share))
 
+    @property
+    def uses_labels(self) -> bool:
+        """Whether labels take part in training."""
+        return self.label_sets is not None
+
+    def set_label_share(self, share: float) -> None:
+        """Change the share of labelled cells, for training on other cells.
+
+        Parameters
+        ----------
+        share
+            Share of labelled cells among the training cells.
+        """
+        for objective in self.objectives:
+            if isinstance(objective, LabelCrossEntropy):
+                objective.share = share
+
     # ---------------------------------------------------------------- the flow and the population weights
 
     def to_latent(self, x: Tensor, covariates: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -81,6 +81,22 @@ class ScyanEnsemble(BaseModuleClass):
         for member in self:
             member.use_labels(label_sets, weight, share)
 
+    @property
+    def uses_labels(self) -> bool:
+        """See :attr:`ScyanModule.uses_labels`."""
+        return self.first.uses_labels
+
+    def set_label_share(self, share: float) -> None:
+        """See :meth:`ScyanModule.set_label_share`.
+
+        Parameters
+        ----------
+        share
+            As there.
+        """
+        for member in self:
+            member.set_label_share(share)
+
     def start_epoch(self, epoch: int) -> None:
         """See :meth:`ScyanModule.start_epoch`."""
         for member in self:

@@ -10,6 +10,9 @@ from torch.nn import functional as F
 
 __all__ = ["CovariateEncoder"]
 
+# Spread of a column, as a share of its mean, below which it is constant but for the digits of float32.
+_LEAST_SPREAD = 1e-7
+
 
 class CovariateEncoder(nn.Module):
     """Categories one-hot, one column per category, then numbers standardised.
@@ -43,9 +46,10 @@ class CovariateEncoder(nn.Module):
 
     def standardize(self, values: Tensor) -> None:
         """Take location and scale from ``values`` ``(cell, continuous)``; the scale of a constant column is 1."""
-        self.loc.copy_(values.mean(0))
-        scale = values.std(0, correction=0)
-        self.scale.copy_(torch.where(scale > 0, scale, 1.0))
+        values = values.double()  # in float32 a constant column would have a tiny spread, by which it would be divided
+        loc, scale = values.mean(0), values.std(0, correction=0)
+        self.loc.copy_(loc)
+        self.scale.copy_(torch.where(scale > _LEAST_SPREAD * loc.abs(), scale, 1.0))
 
     def forward(self, codes: Tensor | None, continuous: Tensor | None = None) -> Tensor:
         """Covariates ``(cell, covariate)``.

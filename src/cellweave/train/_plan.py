@@ -125,8 +125,12 @@ class CellweaveTrainingPlan(LightningModule):
         self.module.train()
         self._epoch_start = time.monotonic()
 
+    def on_train_start(self) -> None:
+        """Announce an epoch that a checkpoint continues in its middle, which Lightning does not do."""
+        self.on_train_epoch_start()
+
     def on_train_epoch_start(self) -> None:
-        """Tell a module whose loss follows a schedule which epoch begins, also one that is continued."""
+        """Tell a module whose loss follows a schedule which epoch begins."""
         start_epoch = getattr(self.module, "start_epoch", None)
         if start_epoch is not None:
             start_epoch(self.current_epoch)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
 from scvi import settings
 from scvi.train import SaveCheckpoint, TrainRunner
@@ -69,6 +70,7 @@ class CellweaveTrainRunner(TrainRunner):
         if self.unshard is not None:
             self.trainer.callbacks.insert(0, self.unshard)
         self._share_contexts()
+        self._train_without_validation()
         self.training_plan.history = History(self.model.history_ if self.model.is_trained_ else None)
         self.training_plan.fingerprint = self.model._run_fingerprint(self)
         self.point = _resume_point(resume, directory)
@@ -87,6 +89,20 @@ class CellweaveTrainRunner(TrainRunner):
             )
         if hasattr(self.data_splitter, "data_loader_kwargs"):
             self.data_splitter.data_loader_kwargs["distributed_sampler"] = True
+
+    def _train_without_validation(self) -> None:
+        """Take early stopping back where the split left no validation cells, as it does of a few cells."""
+        if getattr(self.data_splitter, "n_val", 1):
+            return
+        stopping = [c for c in self.trainer.callbacks if isinstance(c, EarlyStopping) and "validation" in c.monitor]
+        if stopping:
+            warnings.warn(
+                "There are no validation cells, so training does not stop early; set a larger `validation_size`, or "
+                "`early_stopping=False`.",
+                UserWarning,
+                stacklevel=settings.warnings_stacklevel,
+            )
+            self.trainer.callbacks = [c for c in self.trainer.callbacks if c not in stopping]
 
     # ---------------------------------------------------------------- the run
 
