@@ -53,7 +53,10 @@ def stack(adata: AnnData) -> StackModel:
 
 
 def scyan(counts: AnnData) -> ScyanModel:
-    """A tiny ScyanModel with a label in every fifth cell; two of three epochs use the temperature."""
+    """A tiny ScyanModel with a label in every fifth cell; two of three epochs use the temperature.
+
+    Without the monotonicity term: its pairs are made among the cells of a process, so they differ with their number.
+    """
     rho = np.array([[1, -1, -1, np.nan], [-1, 1, -1, -1], [-1, -1, 1, 1]])
     kind = np.arange(counts.n_obs) % 3
     noise = np.random.default_rng(1).normal(0, 0.3, size=(counts.n_obs, 4))
@@ -63,7 +66,8 @@ def scyan(counts: AnnData) -> ScyanModel:
     ScyanModel.setup_anndata(adata, batch_key="batch", labels_key="label")
     torch.manual_seed(3)
     table = pd.DataFrame(rho, index=["p0", "p1", "p2"], columns=adata.var_names)
-    return ScyanModel(adata, table, n_hidden=4, n_hidden_layers=1, n_layers=3)
+    sizes = {"n_hidden": 4, "n_hidden_layers": 1, "n_layers": 3}
+    return ScyanModel(adata, table, temperature_period=3, monotone_weight=0.0, **sizes)
 
 
 class Record(Callback):

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback
 from cellweave.io import MarkerTable
 from cellweave.model import ScyanModel
 
-TERMS = {"prior_loss", "log_det_loss", "pi_entropy"}
+TERMS = ("prior_loss", "log_det_loss", "monotone_loss", "weight_loss", "pi_entropy")
 
 
 def _accuracy(model, adata=None, **options) -> float:
@@ -63,14 +63,17 @@ def test_population_weights_are_shares(scyan):
 
 
 def test_history_has_every_term(scyan, fit_scyan, make_markers):
-    """Protects the curves: every term of training and validation, validation once per temperature cycle."""
+    """Protects the curves: every term of training and validation; with temperature, validation once per cycle."""
     curves = scyan.history
     assert set(curves) == {"train_loss", "validation_loss", "lr"} | {
         f"{t}_{s}" for t in TERMS for s in ("train", "validation")
     }
-    total = sum(curves[f"{term}_train"].iloc[:, 0] for term in ("prior_loss", "log_det_loss"))
+    weights = {"prior_loss": 1.0, "log_det_loss": 1.0, "monotone_loss": 100.0, "weight_loss": 1.0}
+    total = sum(weight * curves[f"{term}_train"].iloc[:, 0] for term, weight in weights.items())
     np.testing.assert_allclose(curves["train_loss"].iloc[:, 0].to_numpy(float), total.to_numpy(float), rtol=1e-5)
-    assert list(curves["validation_loss"].index)[:2] == [2, 5]
+    assert list(curves["validation_loss"].index)[:2] == [0, 1]
+    cycles = fit_scyan(make_markers(), temperature_period=3)
+    assert list(cycles.history["validation_loss"].index) == [2, 5]
     labelled = fit_scyan(make_markers(), setup={"labels_key": "truth"})
     assert {"label_loss_train", "label_loss_validation"} <= set(labelled.history)
 
@@ -78,7 +81,7 @@ def test_history_has_every_term(scyan, fit_scyan, make_markers):
 def test_temperature_leaves_the_population_weights_alone(make_markers, fit_scyan):
     """Protects the schedule: weights of populations move in the first epoch of a cycle only, the flow in all."""
     curves = (
-        fit_scyan(make_markers(), training={"early_stopping": False})
+        fit_scyan(make_markers(), temperature_period=3, training={"early_stopping": False})
         .history["pi_entropy_train"]
         .iloc[:, 0]
         .to_numpy(float)
@@ -125,14 +128,16 @@ def test_large_data_are_seen_in_parts(make_markers, fit_scyan):
 
 
 def test_small_data_get_more_steps(make_markers, marker_table, monkeypatch):
-    """Protects small data sets: 16 equal steps of at least 256 cells and at most the usual number."""
-    for n_cells, expected in ((200, 180), (500, 225), (5000, 282)):
+    """Protects small data sets: 40 equal steps per epoch if they have 128 cells, and about 520 steps in all."""
+    for n_cells, expected in ((200, (90, 260)), (500, (113, 130)), (5000, (125, 15)), (6000, (135, 13))):
         adata = make_markers(n_cells)
         ScyanModel.setup_anndata(adata)
         model = ScyanModel(adata, marker_table)
-        assert model._batch_size(None) == expected
-    monkeypatch.setattr("cellweave.model._scyan._BATCH_SIZE", 101)
-    assert model._batch_size(None) == 100  # 45 steps of 4,500 cells
+        assert model._steps(None, None, None, None) == expected
+    assert model._steps(None, None, None, 2700) == (123, 24)  # 22 steps: an epoch has some of the cells only
+    assert model._steps(1000, None, 1.0, None) == (1000, 87)
+    monkeypatch.setattr("cellweave.model._scyan._LARGEST_BATCH", 101)
+    assert model._steps(None, None, None, None) == (100, 10)  # 54 steps of 5,400 cells
 
 
 def test_parameters_change_the_model(make_markers, fit_scyan):
@@ -185,6 +190,7 @@ def test_few_labels_help(make_markers, fit_scyan, marker_table, groups):
     marker_table.iloc[1:3, 5] = [-1, np.nan]  # in truth the other way round
     options = {
         "n_hidden_layers": 1,
+        "monotone_weight": 0.0,  # the table is wrong, so a latent marker has to turn around
         "training": {"max_epochs": 30, "early_stopping": False, "batch_size": 32, "lr": 5e-3},
     }
     few = _few_labels(make_markers(300, shift=0.3), 15, groups)
