@@ -1,8 +1,23 @@
-"""Figures of training, predictions, attention and marker tables, drawn with matplotlib."""
+"""Figures of training, predictions, attention, marker tables and populations, drawn with matplotlib."""
 
 from ._attention import context_attention
 from ._curves import training_curves
 from ._marker_table import marker_table
+from ._population_shares import annotation_confusion, population_hierarchy, population_palette, population_ratios
+from ._populations import batch_correction, latent_density, marker_monotonicity, population_profile
 from ._reconstruction import masked_reconstruction
 
-__all__ = ["context_attention", "marker_table", "masked_reconstruction", "training_curves"]
+__all__ = [
+    "annotation_confusion",
+    "batch_correction",
+    "context_attention",
+    "latent_density",
+    "marker_monotonicity",
+    "marker_table",
+    "masked_reconstruction",
+    "population_hierarchy",
+    "population_palette",
+    "population_profile",
+    "population_ratios",
+    "training_curves",
+]
