@@ -114,7 +114,13 @@ CASES = {
     "alone": {"resume": "auto"},
     "fsdp": {"strategy": sharded},
     "scyan": {"model": scyan, "early_stopping": False},
-    "scyan_stop": {"model": scyan, "max_epochs": 12, "early_stopping": True, "early_stopping_min_delta": 100.0},
+    "scyan_stop": {
+        "model": scyan,
+        "max_epochs": 12,
+        "early_stopping": True,
+        "early_stopping_min_delta": 100.0,
+        "early_stopping_patience": 1,
+    },
 }
 
 

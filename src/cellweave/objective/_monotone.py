@@ -14,15 +14,15 @@ __all__ = ["MarkerMonotonicity", "marker_discordance"]
 def marker_discordance(x: Tensor, u: Tensor, valid: Tensor | None = None, batch: Tensor | None = None) -> Tensor:
     r"""How far each latent marker is from rising with its measured marker, ``(marker,)`` between 0 and 1.
 
-    Every cell is compared with the one after it, which in shuffled data is a random one. With :math:`\Delta x` and :math:`\Delta u` the differences of a pair in a
-    marker, the discordance of the marker is
+    Every cell is compared with the one after it, which in shuffled data is a random one. With :math:`\Delta x` and
+    :math:`\Delta u` the differences of a pair in a marker, the discordance of the marker is
 
     .. math::
         \frac{\sum \max(-\Delta x\,\Delta u,\, 0)}{\sum |\Delta x\,\Delta u|}
 
-    - 0 if the latent marker rises with the measured one, whatever the shape of the curve; 1 if it falls; near a half
-    if the two have nothing to do with each other. It does not depend on the scale or the offset of either. Markers
-    without a single pair to compare have 0.
+    It is 0 if the latent marker rises with the measured one, whatever the shape of the curve; 1 if it falls; near a half if
+    the two have nothing to do with each other. It does not depend on the scale or the offset of either. Markers without a
+    single pair to compare have 0.
 
     Parameters
     ----------

@@ -115,7 +115,10 @@ def marker_table(
         handles += _mark_contradictions(layout.observed, rho, medians)
         layout.observed.set_yticks(range(len(names)), [f"{n:,}" for n in n_cells], fontsize="x-small")
         layout.observed.yaxis.tick_right()
-        layout.observed.set_title("cells", fontsize="x-small", loc="right")
+        # above the numbers, where it cannot meet the title of a narrow panel
+        layout.observed.annotate(
+            "cells", (1, 1), (4, 4), xycoords="axes fraction", textcoords="offset points", fontsize="x-small"
+        )
     for ax in (layout.table, layout.observed):
         if ax is not None:
             _draw_boundaries(ax, frame)

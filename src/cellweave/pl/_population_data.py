@@ -137,6 +137,7 @@ def hues(hierarchy: Hierarchy) -> dict[str, tuple[float, float, float]]:
         for k, path in enumerate(children if len(children) > 1 else []):
             share = k / (len(children) - 1)
             colors[path[-1]] = _rgb(hue + 0.35 * (share - 0.5) / len(parents), 0.95 - 0.6 * share, 0.55 + 0.4 * share)
+        colors.setdefault(children[0][-1], colors[parent])  # the only member of a group has its colour
         for path in children:  # groups between take the colour of their first leaf
             for name in path[1:-1]:
                 colors.setdefault(name, colors[path[-1]])
