@@ -193,7 +193,15 @@ def baselines(folder: Path, name: str) -> None:
     frame = cw.tl.evaluate_annotation(adata, "cell_type", prediction_keys=(), table=table)
     for label, row in frame.iterrows():
         variant = "no flow" if "prior" in str(label).lower() else "Gaussian mixture"
-        save(folder, {"data": name, "variant": variant, "seed": 0, **{m: float(row[m]) for m in METRICS}})
+        save(
+            folder,
+            {
+                "data": name,
+                "variant": variant,
+                "seed": 0,
+                **{m: float(row["macro_f1" if m == "f1_macro" else m]) for m in METRICS},
+            },
+        )
 
 
 # ---------------------------------------------------------------- new samples and batch correction

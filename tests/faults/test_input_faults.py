@@ -493,3 +493,12 @@ def test_dask_works_or_is_refused_in_one_sentence(fitted):
         assert "\n" not in str(error)
     else:
         np.testing.assert_array_equal(model.get_latent_representation(), fitted.z)
+
+
+@pytest.mark.parametrize("setup", ["setup_anndata", "setup_mudata"])
+@pytest.mark.parametrize(("option", "advice"), [("batch_keys", "use `batch_key`"), ("colour", "it has .*'batch_key'")])
+def test_misspelt_setup_arguments_are_refused(family, make, refuses, setup, option, advice):
+    """Protects against a typo that would leave the batch out without a word: setup methods also take hidden options."""
+    adata = make()
+    with refuses(adata, TypeError, f"`{setup}` has no argument `{option}`; {advice}"):
+        getattr(family.model, setup)(adata, **{option: "batch"})

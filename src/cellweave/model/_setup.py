@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from mudata import MuData
@@ -28,6 +30,8 @@ from cellweave.data import (
 
 __all__ = ["CountsSetupMixin"]
 
+# What scvi-tools and :meth:`load` pass to setup methods when they register data for a model that exists.
+_TRANSFER_OPTIONS = {"source_registry", "extend_categories"}
 _COLUMNS = ("batch_key", "labels_key", "context_key")
 
 
@@ -75,6 +79,7 @@ class CountsSetupMixin:
             empty, or a column has missing values.
         """
         setup_method_args = cls._get_setup_method_args(**locals())
+        _check_options(cls.setup_anndata, kwargs)
         check_names(adata)
         _check_columns(adata, setup_method_args[_compat.SETUP_ARGS_KEY], **kwargs)
         check_counts(adata, layer, _allows_noncounts(allow_noncounts, **kwargs))
@@ -126,6 +131,7 @@ class CountsSetupMixin:
             If a modality does not exist or has other cells than the MuData, and as :meth:`setup_anndata`.
         """
         setup_method_args = cls._get_setup_method_args(**locals())
+        _check_options(cls.setup_mudata, kwargs)
         where = cls._create_modalities_attr_dict({"rna_layer": "rna", **(modalities or {})}, setup_method_args)
         rna = _holder(mdata, "rna_layer", where)
         check_names(rna)
@@ -165,6 +171,16 @@ def _allows_noncounts(wanted: bool, source_registry: Mapping[str, Any] | None = 
     if source_registry is None:
         return wanted
     return wanted or source_registry[_compat.SETUP_ARGS_KEY].get("allow_noncounts", True)
+
+
+def _check_options(setup: Callable[..., None], options: Mapping[str, Any]) -> None:
+    """Refuse misspelt arguments of a setup method, which takes options of scvi-tools beyond its own arguments."""
+    unknown = sorted(set(options) - _TRANSFER_OPTIONS)
+    if unknown:
+        known = [name for name in inspect.signature(setup).parameters if name != "kwargs"]
+        close = get_close_matches(unknown[0], known, n=1)
+        advice = f"use `{close[0]}`." if close else f"it has {known[1:]}."
+        raise TypeError(f"`{setup.__name__}` has no argument `{unknown[0]}`; {advice}")
 
 
 def _holder(data: Any, argument: str, modalities: Mapping[str, str | None]) -> Any:

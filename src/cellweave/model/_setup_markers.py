@@ -43,7 +43,7 @@ from cellweave.data import (
 )
 from cellweave.io import MarkerTable
 
-from ._setup import _holder
+from ._setup import _check_options, _holder
 
 __all__ = ["MarkerSetupMixin"]
 
@@ -105,6 +105,7 @@ class MarkerSetupMixin:
             not finite numbers, or ``nan_layer`` holds other values than 0 and 1.
         """
         setup_method_args = cls._get_setup_method_args(**locals())
+        _check_options(cls.setup_anndata, kwargs)
         arguments = setup_method_args[_compat.SETUP_ARGS_KEY]
         check_names(adata)
         get_counts(adata, layer)
@@ -156,6 +157,7 @@ class MarkerSetupMixin:
         """
         modalities = {"protein_layer": "prot", **(modalities or {})}
         setup_method_args = cls._get_setup_method_args(**locals())
+        _check_options(cls.setup_mudata, kwargs)
         arguments = setup_method_args[_compat.SETUP_ARGS_KEY]
         proteins = _holder(mdata, "protein_layer", modalities)
         check_names(proteins)
