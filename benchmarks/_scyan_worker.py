@@ -147,8 +147,11 @@ def _cellweave(seed: int) -> Steps:
         return model_class(adata, table, identity_init=False, covariate_scale=100.0, **objective, **SIZES)
 
     def train(model: Any, epochs: int) -> None:
-        options = {"lr": LEARNING_RATE, "early_stopping": False, "train_size": 1.0, "max_cells_per_epoch": None}
-        options["batch_size"] = min(BATCH_SIZE, model.adata.n_obs)
+        n_cells = model.adata.n_obs
+        batch_size = min(BATCH_SIZE, n_cells)
+        # the original leaves out the cells of an epoch that do not fill a step
+        steps = {"batch_size": batch_size, "max_cells_per_epoch": n_cells // batch_size * batch_size}
+        options = {"lr": LEARNING_RATE, "early_stopping": False, "train_size": 1.0, **steps}
         model.train(max_epochs=epochs, accelerator="cpu", enable_progress_bar=False, **options)
 
     return Steps(

@@ -67,7 +67,10 @@ class DiagnosticsMixin:
         RuntimeError, ValueError
             As :meth:`get_latent_representation`.
         """
-        measured, latent, groups, _, _ = self._read(adata, indices, batch_size)
+        return self._marker_frame(self._read(adata, indices, batch_size))
+
+    def _marker_frame(self, cells: _Cells) -> pd.DataFrame:
+        measured, latent, groups, _, _ = cells
         spearman = np.zeros(len(self.markers))
         weight = np.zeros(len(self.markers))
         for group in np.unique(groups):
@@ -103,7 +106,10 @@ class DiagnosticsMixin:
         RuntimeError, ValueError
             As :meth:`get_latent_representation`.
         """
-        measured, latent, _, best, top = self._read(adata, indices, batch_size)
+        return self._population_frame(self._read(adata, indices, batch_size))
+
+    def _population_frame(self, cells: _Cells) -> pd.DataFrame:
+        measured, latent, _, best, top = cells
         n, p = latent.shape[0], len(self.populations)
         with torch.inference_mode():
             alone = _table_alone(self.module.prior, measured)
@@ -236,7 +242,8 @@ class DiagnosticsMixin:
         if self.adata is None:
             return
         rows = np.sort(np.random.default_rng(0).permutation(self.adata.n_obs)[:_N_CHECKED])
-        markers = self.get_marker_diagnostics(indices=rows)
+        cells = self._read(None, rows, None)
+        markers = self._marker_frame(cells)
         flagged = markers.index[markers["flag"] != ""]
         if len(flagged):
             listed = ", ".join(f"{m!r} ({markers.at[m, 'spearman']:.2f})" for m in flagged[:5])
@@ -244,7 +251,7 @@ class DiagnosticsMixin:
                 f"{len(flagged)} latent marker(s) do not follow the measured marker (rank correlation: {listed}), so labels that "
                 "rest on them may be wrong; see `get_marker_diagnostics`, and train a model with a larger `monotone_weight`."
             )
-        populations = self.get_population_diagnostics(indices=rows)
+        populations = self._population_frame(cells)
         counts = populations["n_cells"]
         wrong = populations.index[(populations["offset"] > _LARGEST_OFFSET) & (populations["share"] > _LEAST_SHARE)]
         if len(wrong):
@@ -275,7 +282,8 @@ def _spearman(x: NDArray, u: NDArray) -> tuple[NDArray[np.float64], NDArray[np.i
 
 def _table_alone(prior: PopulationPrior, measured: NDArray[np.float32]) -> NDArray[np.int64]:
     """Most probable population ``(cell,)`` of measured markers taken as latent ones, all populations alike."""
-    return prior.log_prob(torch.from_numpy(measured).to(prior.rho)).contrast.argmax(-1).cpu().numpy()
+    x = torch.from_numpy(measured).to(prior.rho)
+    return prior.log_prob(x.nan_to_num(0.0), ~x.isnan()).contrast.argmax(-1).cpu().numpy()
 
 
 def _group_means(values: NDArray, group: NDArray[np.int64], n_groups: int) -> NDArray[np.float64]:

@@ -160,7 +160,7 @@ class ScyanModule(BaseModuleClass):
         share
             Share of labelled cells among the training cells.
         """
-        self.label_sets = label_sets
+        self.label_sets = label_sets.clone()
         self.objectives.append(LabelCrossEntropy(weight, share))
 
     @property

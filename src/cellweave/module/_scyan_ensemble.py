@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from typing import Any, cast
 
 import torch
@@ -40,7 +41,8 @@ class ScyanEnsemble(BaseModuleClass):
         super().__init__()
         if n_members < 2:
             raise ValueError(f"`n_members` must be at least 2, got {n_members}; one member is a ScyanModule.")
-        self.members = nn.ModuleList(ScyanModule(*args, **kwargs) for _ in range(n_members))
+        # members share nothing, not even what is the same in all of them
+        self.members = nn.ModuleList(ScyanModule(*args, **deepcopy(kwargs)) for _ in range(n_members))
 
     def __iter__(self) -> Iterator[ScyanModule]:
         return iter(cast("Iterable[ScyanModule]", self.members))

@@ -114,7 +114,7 @@ class PopulationPrior(nn.Module):
         self.prior_std = prior_std
         self.register_buffer("rho", rho.nan_to_num(0.0))
         self.register_buffer("rho_mask", rho.isnan())
-        self.register_buffer("continuum", continuum)
+        self.register_buffer("continuum", continuum.clone())  # of its own: files refuse tensors that share memory
 
     @property
     def prior_std(self) -> float:
