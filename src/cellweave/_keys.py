@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-__all__ = ["LOADER_KEYS", "OUTPUT_KEYS", "REGISTRY_KEYS", "STEP_KEYS"]
+__all__ = ["FLOW_KEYS", "LOADER_KEYS", "OUTPUT_KEYS", "REGISTRY_KEYS", "STEP_KEYS"]
 
 
 class _RegistryKeys(NamedTuple):
@@ -40,6 +40,17 @@ class _StepKeys(NamedTuple):
     CONTEXTS_PER_PROCESS: str = "contexts_per_process"  # float (): contexts with a valid cell, averaged likewise
 
 
+class _FlowKeys(NamedTuple):
+    """Keys of a batch of a model that turns control cells into perturbed ones; ``X`` holds the perturbed cells."""
+
+    CONTROL: str = "control"  # float (cell, gene): expression of the control cell paired with each cell
+    PERTURBATION: str = "perturbation"  # int64 (cell, slot): tokens or labels of the perturbation, negative for none
+    GENES: str = "genes"  # int64 (gene,): token of every gene
+    LATENT: str = "latent"  # float (cell, gene, latent) or (cell, latent): features of the perturbed cell
+    HAS_LATENT: str = "has_latent"  # bool (gene,) or (cell, gene): false for genes without features
+    CONDITION: str = "condition"  # int64 (cell,): which cells are compared as one distribution
+
+
 class _OutputKeys(NamedTuple):
     """Places in the user's AnnData that every model writes to."""
 
@@ -50,4 +61,5 @@ class _OutputKeys(NamedTuple):
 REGISTRY_KEYS: Final = _RegistryKeys()
 LOADER_KEYS: Final = _LoaderKeys()
 STEP_KEYS: Final = _StepKeys()
+FLOW_KEYS: Final = _FlowKeys()
 OUTPUT_KEYS: Final = _OutputKeys()

@@ -9,6 +9,7 @@ from ._fields import (
     MuDataCategoryObsField,
     MuDataGroupObsField,
 )
+from ._gene_graph import coexpression, coexpression_mask, pad_mask, top_k_mask
 from ._genes import align_genes, match_genes
 from ._loader import CellSetDataset, CellSetLoader, gene_shares
 from ._rows import DiskRows, Rows, as_csr, row_source
@@ -52,6 +53,8 @@ __all__ = [
     "check_known",
     "check_measured",
     "check_names",
+    "coexpression",
+    "coexpression_mask",
     "draw_contexts",
     "find_markers",
     "gene_shares",
@@ -60,8 +63,10 @@ __all__ = [
     "looks_like_counts",
     "match_genes",
     "open_store",
+    "pad_mask",
     "row_source",
     "split_cells",
     "take_columns",
+    "top_k_mask",
     "warn_small_data",
 ]

@@ -1,0 +1,30 @@
+"""Probability paths, times, solvers, guidance and noise of flow matching."""
+
+from ._guidance import Guidance, guide
+from ._noise import cell_generator, gaussian_noise, poisson_noise, poisson_rate
+from ._path import PathSample, end_point, linear_path
+from ._solvers import ADAPTIVE_SOLVERS, FIXED_SOLVERS, Velocity, evaluations, integrate
+from ._times import CascadedTimes, FlowTimes, TimeMode, cascade_grids, shift_time, time_grid
+
+__all__ = [
+    "ADAPTIVE_SOLVERS",
+    "FIXED_SOLVERS",
+    "CascadedTimes",
+    "FlowTimes",
+    "Guidance",
+    "PathSample",
+    "TimeMode",
+    "Velocity",
+    "cascade_grids",
+    "cell_generator",
+    "end_point",
+    "evaluations",
+    "gaussian_noise",
+    "guide",
+    "integrate",
+    "linear_path",
+    "poisson_noise",
+    "poisson_rate",
+    "shift_time",
+    "time_grid",
+]
