@@ -53,9 +53,49 @@ DATASETS: dict[str, tuple[str, str, str | None, str, int]] = {
     "bmmc": ("bmmc_basal1.h5ad", "table_bmmc.csv", None, "asinh1", 17),
     "levine32": ("levine32_stratified.h5ad", "table_aml.csv", None, "study", 100),
     "debarcoding": ("debarcoding_catalyst.h5ad", "table_debarcoding.csv", None, "asinh0", 11),
+    "debarcoding-logicle": ("debarcoding_catalyst.h5ad", "table_debarcoding.csv", None, "logicle", 8),
     "multicenter": ("multicenter_6samples.h5ad", "table_multicenter.csv", None, "asinh1", 14),
     "multicenter-batch": ("multicenter_6samples.h5ad", "table_multicenter.csv", "sample", "asinh1", 11),
 }
+# What the tables do not say by themselves.
+NOTES = """\
+Seeds differ in the start of the network, the order of cells and the held-out tenth; `±` is the standard deviation over them.
+`original` is the published package with its defaults. `published settings` are its settings in our model. `no flow` is what the
+table says alone. The recipe (`default`) was chosen on the labels of `levine32` and of 40,000 cells of `bmmc`, so these two are no
+held-out figures; the others took no part in the choice. `5 labels per population` are among the scored cells (at most 5 % of
+`levine32`, 0.1 % of the others).
+
+Where the table alone is hard to beat (`multicenter`), so it stays: there the flow has the better macro F1 and accuracy and the
+worse balanced accuracy.
+
+## Variants tried while the recipe was searched
+
+One or two seeds with a plain training loop of the same module; macro F1 on `levine32` / 40,000 cells of `bmmc`. The first block
+has neither `monotone_weight` nor `weight_prior`, six hidden layers and a learning rate of 0.0005.
+
+| variant | F1 |
+| --- | --- |
+| published settings | .907 / .751 |
+| random start, 256 cells per step | .934 / - |
+| identity start, published stopping | .922 / .775 |
+| identity start, 475 to 600 steps | .954 / .733 |
+| same, no temperature | .950 / .729 |
+| same, learning rate 0.001; 0.0002 | .950 / .721; .946 / .730 |
+| identity start, 500 steps (reference of the rows below) | .958 / .745 |
+| + weight decay 1 | .957 / .740 |
+| + prior_std 0.25; 0.4; 0.5 | .954 / .745; .936 / .707; .923 / .676 |
+| + noise of 0.2 on the input | .942 / .748 |
+| + penalty on transport near modes, 0.1; 1 | .959 / .739; .962 / .694 |
+| + penalty on means of populations off their modes, 1; 10 | .958 / .741; .958 / .726 |
+| + penalty on the variance of the transport | .960 / .746 |
+| + uniform population weights, fixed | .960 / .755 |
+| + weight_prior 1 | .960 / .760 |
+| + monotone penalty (about 0.2; 0.8; 4; 40 in today's weight) | .958 / .745; .957 / .750; .960 / .757; .957 / .764 |
+| + weight_prior 1 and monotone penalty (about 15; 75; 150; 300) | .959 / .763; .953 / .777; .948 / .780; .944 / .779 |
+| + weight_prior 1 and 1 - correlation of the marker, 50; 150 | .950 / .778; .941 / .787 |
+| both terms, learning rate 0.001, two hidden layers (`default`) | .954 / .789 |
+| same with 1,560 steps | - / .769 |
+"""
 METRICS = ("f1_macro", "balanced_accuracy", "accuracy")
 LABELLED, UNLABELLED = 5, "unknown"
 
@@ -77,19 +117,21 @@ def prepare(folder: Path) -> None:
             adata = adata[adata.obs["cell_type"] != "CD11bmid Monocyte"].copy()
         if name == "levine32":
             adata = adata[adata.obs["cell_type"] != "unassigned"].copy()
-        if name == "debarcoding":
+        if name.startswith("debarcoding"):
             clear = adata.obs["top3_separation"] >= 0.3
             adata.obs["cell_type"] = np.where(clear, adata.obs["top3_barcode"].astype(str), UNLABELLED)
         adata = adata[:, table.columns].copy()
         adata.X = np.asarray(adata.X.toarray() if hasattr(adata.X, "toarray") else adata.X, dtype=np.float32)
-        cw.pp.arcsinh(adata, cofactor=5, translation=0 if transformation == "asinh0" else 1)
+        if transformation == "logicle":
+            cw.pp.logicle(adata)
+        else:
+            cw.pp.arcsinh(adata, cofactor=5, translation=0 if transformation == "asinh0" else 1)
         if transformation == "study":  # a few cells per population: moments of the whole study
             moments = pd.read_csv(source / "aml_marker_mean_std.csv", index_col=0).loc[adata.var_names]
-            adata.X = (
-                ((adata.X - moments["mean"].to_numpy()) / moments["std"].to_numpy()).clip(-10, 10).astype(np.float32)
-            )
+            scaled = (adata.X - moments["mean"].to_numpy()) / moments["std"].to_numpy()
+            adata.X = scaled.clip(-10, 10).astype(np.float32)
         else:
-            cw.pp.scale_markers(adata)
+            cw.pp.scale_markers(adata)  # centred after logicle, zero at -1 after arcsinh
         obs = adata.obs[[key for key in ("cell_type", "sample") if key in adata.obs]].astype(str)
         ad.AnnData(adata.X, obs=obs, var=pd.DataFrame(index=adata.var_names)).write_h5ad(folder / f"{name}.h5ad")
         table.to_csv(folder / f"{name}.csv")
@@ -281,6 +323,7 @@ def table(folder: Path) -> str:
             timing = [f"{of[k].mean():.0f}" if of[k].notna().any() else "" for k in ("epochs", "cpu_s")]
             lines.append(f"| {variant} | {len(of)} | " + " | ".join([*cells, *timing]) + " |")
         lines.append("")
+    lines += [NOTES]
     unseen, mixing = frame[frame["data"] == "new sample"], frame[frame["data"] == "batches"]
     if len(unseen):
         lines += ["## New samples", "", "Multi-centre: trained on five samples, the sixth predicted.", ""]
