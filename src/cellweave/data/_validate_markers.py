@@ -12,7 +12,7 @@ import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
 
-from ._rows import Rows, column_rows
+from ._rows import column_rows
 from ._validate import _layer_names, _some, _warn, get_counts
 
 __all__ = ["check_intensities", "check_measured", "find_markers"]
@@ -120,7 +120,7 @@ def check_measured(adata: AnnData, nan_layer: str | None) -> None:
     if nan_layer not in adata.layers:
         raise KeyError(f"`nan_layer={nan_layer!r}` not found; `adata.layers` has {_some(_layer_names(adata))}.")
     rows = column_rows(adata.layers[nan_layer], np.arange(adata.n_vars))
-    if isinstance(rows, Rows) and rows.on_disk:
+    if rows.on_disk:
         raise ValueError(f"`nan_layer={nan_layer!r}` is on disk; load the data with `adata.to_memory()` first.")
     for start, block in rows.chunks():
         values = _dense(block)
