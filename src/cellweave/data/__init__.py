@@ -1,6 +1,7 @@
 """From AnnData to tensors: checks, gene alignment, contexts, loaders."""
 
 from ._columns import take_columns
+from ._conditions import CONTROL_SYNONYMS, ConditionNames
 from ._fields import (
     CategoriesObsField,
     CategoryObsField,
@@ -30,6 +31,8 @@ from ._validate_markers import check_intensities, check_measured, find_markers
 
 # `CellStore` is public as `cellweave.io.CellStore`; a class can have one place in the API reference only.
 __all__ = [
+    "CONTROL_SYNONYMS",
+    "ConditionNames",
     "CategoriesObsField",
     "CategoryObsField",
     "CellSetDataset",
