@@ -13,6 +13,7 @@ class _RegistryKeys(NamedTuple):
     X: str = "X"
     BATCH: str = "batch"
     LABELS: str = "labels"
+    PERTURBATION: str = "perturbation_label"  # codes of the labels of conditions
     CONTEXT: str = "context"
     CATEGORIES: str = "extra_categorical_covs"  # int64 (cell, column): codes of categorical covariates
     CONTINUOUS: str = "extra_continuous_covs"  # float (cell, column): continuous covariates
@@ -49,6 +50,8 @@ class _FlowKeys(NamedTuple):
     LATENT: str = "latent"  # float (cell, gene, latent) or (cell, latent): features of the perturbed cell
     HAS_LATENT: str = "has_latent"  # bool (gene,) or (cell, gene): false for genes without features
     CONDITION: str = "condition"  # int64 (cell,): which cells are compared as one distribution
+    ANCHOR: str = "anchor"  # float (cell, gene): shift of the mean that a simple baseline expects
+    DOSE: str = "dose"  # float (cell, slot): doses of the perturbation, positive where there is one
 
 
 class _OutputKeys(NamedTuple):

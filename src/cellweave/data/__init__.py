@@ -13,10 +13,14 @@ from ._fields import (
 from ._gene_graph import coexpression, coexpression_mask, pad_mask, top_k_mask
 from ._genes import align_genes, match_genes
 from ._loader import CellSetDataset, CellSetLoader, gene_shares
+from ._pair_sampler import CellPairs, PairSampler
+from ._pairs import PairDataset, Pairing, PairLoader, PairSplitter, PairTables, pair_within_sets
 from ._rows import DiskRows, Rows, as_csr, row_source
 from ._sampler import CellSetSampler, Contexts, draw_contexts
+from ._screen import Screen, context_names, parse_doses
 from ._splitter import CellSetSplitter, split_cells
 from ._store import CellStore, Part, join_parts, open_store
+from ._tokens import SPECIAL_TOKENS, PerturbationTokens, UnseenPerturbationError
 from ._validate import (
     check_cells,
     check_counts,
@@ -27,10 +31,26 @@ from ._validate import (
     looks_like_counts,
     warn_small_data,
 )
+from ._validate_expression import check_expression
 from ._validate_markers import check_intensities, check_measured, find_markers
 
 # `CellStore` is public as `cellweave.io.CellStore`; a class can have one place in the API reference only.
 __all__ = [
+    "CellPairs",
+    "PairSampler",
+    "PairDataset",
+    "Pairing",
+    "pair_within_sets",
+    "PairLoader",
+    "PairSplitter",
+    "PairTables",
+    "Screen",
+    "context_names",
+    "parse_doses",
+    "SPECIAL_TOKENS",
+    "PerturbationTokens",
+    "UnseenPerturbationError",
+    "check_expression",
     "CONTROL_SYNONYMS",
     "ConditionNames",
     "CategoriesObsField",
