@@ -2,6 +2,18 @@
 
 from ._columns import take_columns
 from ._conditions import CONTROL_SYNONYMS, ConditionNames
+from ._feature_cache import FeatureCache
+from ._feature_statistics import FeatureCompression, FeatureStatistics
+from ._features import (
+    CallableFeatures,
+    FeatureEncoder,
+    FeatureLevel,
+    GeneTableFeatures,
+    ModelFeatures,
+    ObsmFeatures,
+    PCAFeatures,
+    make_encoder,
+)
 from ._fields import (
     CategoriesObsField,
     CategoryObsField,
@@ -53,6 +65,7 @@ __all__ = [
     "check_expression",
     "CONTROL_SYNONYMS",
     "ConditionNames",
+    "CallableFeatures",
     "CategoriesObsField",
     "CategoryObsField",
     "CellSetDataset",
@@ -61,10 +74,19 @@ __all__ = [
     "CellSetSplitter",
     "Contexts",
     "DiskRows",
+    "FeatureCache",
+    "FeatureCompression",
+    "FeatureEncoder",
+    "FeatureLevel",
+    "FeatureStatistics",
+    "GeneTableFeatures",
     "GroupObsField",
+    "ModelFeatures",
     "MuDataCategoriesObsField",
     "MuDataCategoryObsField",
     "MuDataGroupObsField",
+    "ObsmFeatures",
+    "PCAFeatures",
     "Part",
     "Rows",
     "align_genes",
@@ -84,6 +106,7 @@ __all__ = [
     "get_counts",
     "join_parts",
     "looks_like_counts",
+    "make_encoder",
     "match_genes",
     "open_store",
     "pad_mask",

@@ -5,6 +5,7 @@ from ._attention import MultiHeadAttention, TabularAttentionLayer, within_cell_h
 from ._coupling import CouplingFlow, CouplingLayer
 from ._covariates import CovariateEncoder
 from ._decoders import ExpressionDecoder, LatentDecoder
+from ._descriptions import DoseResponse, TokenDescriptions
 from ._diff_attention import DifferentialAttention, DifferentialTransformerBlock, DiffPerceiverBlock
 from ._embedders import (
     ContinuousValueEncoder,
@@ -18,6 +19,8 @@ from ._packed_attention import PackedAttention
 from ._pairs import PairLinear, PairSequential
 
 __all__ = [
+    "DoseResponse",
+    "TokenDescriptions",
     "ContinuousValueEncoder",
     "CouplingFlow",
     "CouplingLayer",

@@ -1,0 +1,385 @@
+"""Prediction of perturbed cells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from anndata import AnnData
+from numpy.typing import NDArray
+from scvi.utils import track
+from torch import Tensor
+
+from cellweave._types import Indices
+from cellweave.data import context_names, match_genes, row_source
+from cellweave.flow import Guidance, time_grid
+from cellweave.module import FlowSolver
+from cellweave.stats import expected_shift, with_contexts
+
+__all__ = ["FlowPredictionMixin"]
+
+# Tokens, genes of cells, that are computed at once; more would only need more memory.
+_TOKENS = 2**16
+
+
+class _Cells(NamedTuple):
+    """Control cells that predictions start from."""
+
+    x: NDArray[np.float32]  # (cell, gene)
+    rows: NDArray[np.int64]  # (cell,): positions in the AnnData
+    context: NDArray[np.int64]  # (cell,)
+    contexts: tuple[str, ...]
+
+
+class FlowPredictionMixin:
+    """Cells after a perturbation."""
+
+    def predict_perturbation(
+        self,
+        perturbations: str | Sequence[str],
+        adata_ctrl: AnnData | None = None,
+        indices: Indices | None = None,
+        n_cells: int | None = 128,
+        covariates: Mapping[str, Any] | None = None,
+        dosages: Mapping[str, float] | None = None,
+        genes: Sequence[str] | None = None,
+        solver: str = "midpoint",
+        n_steps: int = 10,
+        guidance_scale: float = 1.0,
+        seed: int = 0,
+        batch_size: int | None = None,
+        include_control: bool = False,
+        return_latent: bool = False,
+    ) -> AnnData:
+        """Predict cells of conditions from control cells.
+
+        Every predicted cell is made from one control cell and inherits its annotation. What is drawn for a cell depends on
+        the seed and its number only, so results depend neither on ``batch_size`` nor on the other perturbations.
+
+        Parameters
+        ----------
+        perturbations
+            Conditions, for example ``["A+B", "C"]``; the order of the parts does not matter.
+        adata_ctrl
+            Data with control cells; the control cells of the model's own data by default. Without the column
+            ``perturbation_key`` all cells count as control cells. Genes are matched by name.
+        indices
+            Rows of it to choose control cells from; all by default.
+        n_cells
+            Cells per condition, drawn from the control cells (each once, as long as there are enough); None makes one cell
+            of every control cell.
+        covariates
+            Only control cells with these values, for example ``{"cell_type": "B cells"}``; a list allows several.
+        dosages
+            Dose of what is perturbed, ``{"drug": 0.5}``; the median dose of the training cells by default.
+        genes
+            Predict these genes only, which is faster; the network then sees only them.
+        solver
+            ``"euler"``, ``"midpoint"``, ``"heun"``, ``"rk4"``, or adaptive; see :func:`cellweave.flow.integrate`.
+        n_steps
+            Steps of the solver in each stage.
+        guidance_scale
+            Above 1, effects are made stronger than learned; needs ``condition_dropout``.
+        seed
+            Seed of the choice of control cells and of all noise.
+        batch_size
+            Cells that are computed together; chosen by the number of genes by default.
+        include_control
+            Add the control cells themselves, labelled ``control_key``, which evaluation tools want.
+        return_latent
+            Add the generated features in ``obsm["X_ccfm_latent"]``.
+
+        Returns
+        -------
+        AnnData ``(condition * cell, gene)`` with log-normalised expression in ``X`` (float32), ``obs`` of the control cell each was
+        made from, ``obs[perturbation_key]``, ``obs["source_cell"]``, and what produced it in ``uns["ccfm"]``.
+
+        Raises
+        ------
+        UnseenPerturbationError
+            If a perturbation is neither a gene of the model nor was in the training cells.
+        ValueError
+            If there are no control cells, or an argument is out of range.
+        """
+        labels = [perturbations] if isinstance(perturbations, str) else list(perturbations)
+        if not labels:
+            raise ValueError("`perturbations` is empty; name at least one condition, for example ['A+B'].")
+        names = [self._names.canonical(label) for label in labels]
+        how = self._solver(solver, n_steps, guidance_scale)
+        conditions = [self._names.parts(name) for name in names]
+        self._check_conditions(conditions)
+        kept = self._kept_genes(genes)
+        with self._registered(adata_ctrl) as data:
+            cells = self._control_cells(data, indices, n_cells, covariates, seed)
+            predicted, latent = self._predicted(
+                data, cells, conditions, how, seed, batch_size, kept, dosages, return_latent
+            )
+            out = self._as_anndata(data, cells, names, predicted, kept, include_control, dosages)
+        if latent is not None:
+            if include_control:
+                latent = np.concatenate([latent, np.full((len(cells.rows), latent.shape[1]), np.nan, np.float32)])
+            out.obsm["X_ccfm_latent"] = latent
+        parameters = {"solver": solver, "n_steps": n_steps, "guidance_scale": guidance_scale, "seed": seed}
+        out.uns["ccfm"] = self._provenance(parameters)
+        return out
+
+    def generate(
+        self,
+        adata_ctrl: AnnData | None = None,
+        perturbation: str | None = None,
+        key_added: str | None = None,
+        indices: Indices | None = None,
+        dosages: Mapping[str, float] | None = None,
+        solver: str = "midpoint",
+        n_steps: int = 10,
+        guidance_scale: float = 1.0,
+        seed: int = 0,
+        batch_size: int | None = None,
+        overwrite: bool = False,
+    ) -> NDArray[np.float32]:
+        """Every cell of an AnnData as if it had been perturbed, in a layer.
+
+        Parameters
+        ----------
+        adata_ctrl
+            Cells to perturb, taken as control cells whatever their label; the data of the model by default.
+        perturbation
+            The condition.
+        key_added
+            Layer to write; nothing is written by default. Cells that are not in ``indices`` are NaN there.
+        indices
+            Rows of the cells; all by default.
+        dosages, solver, n_steps, guidance_scale, seed, batch_size
+            As in :meth:`predict_perturbation`.
+        overwrite
+            Replace a layer that another tool wrote.
+
+        Returns
+        -------
+        Log-normalised expression ``(cell, gene)`` of the genes of the model, in the order of ``indices``.
+
+        Raises
+        ------
+        UnseenPerturbationError
+            If the perturbation is neither a gene of the model nor was in the training cells.
+        ValueError
+            If ``key_added`` is taken, or an argument is missing or out of range.
+        """
+        if perturbation is None:
+            raise ValueError("`perturbation` is missing; name the condition, for example 'A+B'.")
+        condition = self._names.parts(perturbation)
+        how = self._solver(solver, n_steps, guidance_scale)
+        self._check_conditions([condition])
+        place = self._result_place(adata_ctrl, "layers", key_added, overwrite=overwrite)
+        with self._registered(adata_ctrl) as data:
+            rows, order = self._rows(data, indices)
+            cells = self._cells(data, rows)
+            kept = np.arange(len(self.genes))
+            values, _ = self._predicted(data, cells, [condition], how, seed, batch_size, kept, dosages, False)
+        if place is not None:
+            parameters = {
+                "perturbation": self._names.name(condition),
+                "solver": solver,
+                "n_steps": n_steps,
+                "seed": seed,
+            }
+            place.write({place.keys[0]: _as_layer(values, rows, self.genes, place.holder)}, parameters)
+        return values[order]
+
+    # ---------------------------------------------------------------- control cells
+
+    def _control_cells(
+        self,
+        data: AnnData,
+        indices: Indices | None,
+        n_cells: int | None,
+        covariates: Mapping[str, Any] | None,
+        seed: int,
+    ) -> _Cells:
+        """The control cells that predictions are made from, one for each predicted cell."""
+        setup = self._setup
+        rows = self._rows(data, indices)[0]
+        if setup["perturbation_key"] in data.obs:
+            labels = data.obs[setup["perturbation_key"]].astype(str)
+            is_control = labels.map({label: not self._names.parts(label) for label in labels.unique()})
+            rows = rows[is_control.to_numpy(dtype=bool)[rows]]
+        for key, wanted in (covariates or {}).items():
+            if key not in data.obs:
+                raise KeyError(f"`covariates` names {key!r}, which is not in `adata.obs`; it has {list(data.obs)[:6]}.")
+            values = [wanted] if isinstance(wanted, str) or not isinstance(wanted, Sequence) else list(wanted)
+            rows = rows[data.obs[key].isin(values).to_numpy()[rows]]
+        if len(rows) == 0:
+            chosen = "" if not covariates else f" with {dict(covariates)}"
+            raise ValueError(
+                f"There are no control cells ({setup['perturbation_key']}={setup['control_key']!r}){chosen} to predict from; give "
+                "some with `adata_ctrl`, or loosen `covariates` and `indices`."
+            )
+        if n_cells is not None:
+            if n_cells < 1:
+                raise ValueError(f"`n_cells` must be at least 1, got {n_cells}.")
+            rng = np.random.default_rng([seed % 2**63, 0])
+            whole = np.concatenate([rng.permutation(rows) for _ in range(-(-n_cells // len(rows)))])
+            rows = whole[:n_cells]
+        return self._cells(data, rows)
+
+    def _cells(self, data: AnnData, rows: NDArray[np.int64]) -> _Cells:
+        unique, place = np.unique(rows, return_inverse=True)
+        x = row_source(self._expression_of(data)).take(unique)
+        x = x.toarray() if sp.issparse(x) else np.asarray(x)
+        known = self._facts["contexts"]
+        keys = self._setup["pairing_keys"]
+        contexts, context = context_names(data.obs.iloc[rows], keys, known)
+        return _Cells(np.ascontiguousarray(x[place], dtype=np.float32), rows, context, contexts)
+
+    # ---------------------------------------------------------------- the flow
+
+    def _predicted(
+        self,
+        data: AnnData,
+        cells: _Cells,
+        conditions: Sequence[tuple[str, ...]],
+        how: FlowSolver,
+        seed: int,
+        batch_size: int | None,
+        kept: NDArray[np.int64],
+        dosages: Mapping[str, float] | None,
+        return_latent: bool,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """Expression ``(condition * cell, gene)`` and features, conditions one after the other."""
+        module, n_cells = self.module, len(cells.rows)
+        out = np.empty((len(conditions), n_cells, len(kept)), dtype=np.float32)
+        latent: NDArray[np.float32] | None = None
+        inputs = self._perturbation_inputs(conditions, dosages)
+        anchors = self._anchors(cells, conditions)
+        genes = torch.from_numpy(self._tokens.gene_tokens()[kept])
+        size = batch_size or max(1, _TOKENS // len(kept))
+        parts = [slice(start, min(start + size, n_cells)) for start in range(0, n_cells, size)]
+        for part in track(parts, description="Predicting cells", disable=len(parts) < 8, style="tqdm"):
+            control = torch.from_numpy(cells.x[part][:, kept])
+            numbers = torch.arange(part.start, part.stop)
+            for i, told in enumerate(inputs):
+                shift = None if anchors is None else torch.from_numpy(anchors[i][cells.context[part]][:, kept])
+                start = module.draw_start(control, numbers, seed, shift)
+                sample = module.sample(genes, control, start=start, how=how, anchor=shift, **told)
+                out[i, part] = sample.expression.clamp(min=0).cpu().numpy()
+                if return_latent and sample.latent is not None:
+                    values = _per_cell(sample.latent).cpu().numpy()
+                    if latent is None:
+                        latent = np.empty((len(conditions), n_cells, values.shape[1]), dtype=np.float32)
+                    latent[i, part] = values
+        if return_latent and latent is None:
+            raise ValueError("`return_latent=True` needs a model with an encoder; this one has `encoder='none'`.")
+        flat = None if latent is None else latent.reshape(-1, latent.shape[2])
+        return out.reshape(-1, len(kept)), flat
+
+    def _perturbation_inputs(
+        self, conditions: Sequence[tuple[str, ...]], dosages: Mapping[str, float] | None
+    ) -> list[dict[str, Tensor]]:
+        """What the network is told of each condition, one row that all cells share."""
+        tokens = torch.from_numpy(self._tokens.encode(conditions, self._pad_with_control))
+        inputs = [{"perturbation": row[None]} for row in tokens]
+        doses = self._facts["doses"]
+        if self._setup["dosage_key"] is None:
+            if dosages:
+                raise ValueError("`dosages` were given, but the model knows none; set it up with `dosage_key`.")
+            return inputs
+        for entry, parts in zip(inputs, conditions, strict=True):
+            values = torch.ones(1, tokens.shape[1])
+            given = [(dosages or {}).get(part, doses.get(part, 1.0)) for part in parts]
+            values[0, : len(parts)] = torch.tensor(given, dtype=torch.float32)
+            entry["dose"] = values
+        return inputs
+
+    def _anchors(self, cells: _Cells, conditions: Sequence[tuple[str, ...]]) -> list[NDArray[np.float32]] | None:
+        """Expected shifts of every condition ``(context, gene)``; None without anchors."""
+        rules = self._anchor_rules
+        if not rules:
+            return None
+        evidence = self._evidence()
+        known = len(evidence.table.contexts)
+        new = cells.contexts[known:]
+        if new:  # what is not known of a context is taken from the control cells that were given
+            means = [cells.x[cells.context == known + i].mean(0, dtype=np.float64) for i in range(len(new))]
+            counts = [int((cells.context == known + i).sum()) for i in range(len(new))]
+            evidence = with_contexts(evidence, cells.contexts, np.asarray(means), np.asarray(counts))
+        used = np.unique(cells.context)
+        out = []
+        for condition in conditions:
+            shifts = np.zeros((len(cells.contexts), cells.x.shape[1]), dtype=np.float32)
+            for i in used.tolist():
+                shifts[i] = expected_shift(evidence, cells.contexts[i], condition, rules)
+            out.append(shifts)
+        return out
+
+    def _solver(self, solver: str, n_steps: int, guidance_scale: float) -> FlowSolver:
+        if n_steps < 1:
+            raise ValueError(f"`n_steps` must be at least 1, got {n_steps}.")
+        if guidance_scale != 1 and self.module.condition_dropout == 0:
+            raise ValueError(
+                f"`guidance_scale={guidance_scale}` needs a model that was trained with `condition_dropout` above 0; use 1."
+            )
+        grid, guidance = time_grid(n_steps + 1), Guidance(guidance_scale)
+        return FlowSolver(solver, grid, grid, guidance, guidance)
+
+    # ---------------------------------------------------------------- pieces
+
+    def _check_conditions(self, conditions: Sequence[tuple[str, ...]]) -> None:
+        self._tokens.encode(conditions)
+
+    def _kept_genes(self, genes: Sequence[str] | None) -> NDArray[np.int64]:
+        kept = self._gene_positions(genes)
+        if len(kept) == 0:
+            raise ValueError("`genes` is empty; name at least one gene, or leave it out for all.")
+        return kept
+
+    def _as_anndata(
+        self,
+        data: AnnData,
+        cells: _Cells,
+        names: Sequence[str],
+        predicted: NDArray[np.float32],
+        kept: NDArray[np.int64],
+        include_control: bool,
+        dosages: Mapping[str, float] | None,
+    ) -> AnnData:
+        """Predicted cells with the annotation of the control cells that they were made from."""
+        key, control_key = self._setup["perturbation_key"], self._setup["control_key"]
+        source = data.obs.iloc[cells.rows]
+        source = source[[column for column in source if not column.startswith("_scvi_")]]
+        labels = [*names, control_key] if include_control else list(names)
+        obs = pd.concat([source] * len(labels))
+        obs["source_cell"] = obs.index.astype(str)
+        n_cells = len(cells.rows)
+        obs[key] = pd.Categorical(np.repeat(np.asarray(labels, dtype=object), n_cells), sorted(set(labels)))
+        obs.index = [f"{label}_{i}" for label in labels for i in range(n_cells)]
+        if self._setup["dosage_key"] is not None:
+            obs[self._setup["dosage_key"]] = np.repeat([self._dose_text(label, dosages) for label in labels], n_cells)
+        x = np.concatenate([predicted, cells.x[:, kept]]) if include_control else predicted
+        out = AnnData(x, obs=obs, var=data.var.iloc[kept].copy())
+        out.obs_names_make_unique()
+        return out
+
+    def _dose_text(self, label: str, dosages: Mapping[str, float] | None) -> str:
+        parts = self._names.parts(label)
+        usual = self._facts["doses"]
+        return self._names.sep.join(f"{(dosages or {}).get(part, usual.get(part, 1.0)):g}" for part in parts) or "0"
+
+
+def _per_cell(latent: Tensor) -> Tensor:
+    """Features ``(cell, latent)``; those of genes are averaged over them."""
+    return latent.mean(1) if latent.ndim == 3 else latent
+
+
+def _as_layer(
+    values: NDArray[np.float32], rows: NDArray[np.int64], genes: NDArray[np.str_], holder: AnnData
+) -> NDArray[np.float32]:
+    """``values`` in the shape of ``holder``, NaN for other cells and genes."""
+    position = match_genes(holder.var_names.astype(str), pd.Index(genes))
+    out = np.full(holder.shape, np.nan, dtype=np.float32)
+    known = position >= 0
+    out[np.ix_(rows, position[known])] = values[:, known]
+    return out

@@ -1,0 +1,39 @@
+"""What a trained model remembers of the means of its training cells."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["AnchorTable"]
+
+
+class AnchorTable(nn.Module):
+    """Means of control cells and mean shifts of perturbed cells, kept with the weights of a model.
+
+    Parameters
+    ----------
+    n_contexts
+        Number of contexts.
+    n_rows
+        Number of observed pairs of context and condition.
+    n_genes
+        Number of genes.
+    """
+
+    control_mean: Tensor
+    control_count: Tensor
+    shift: Tensor
+    noise: Tensor
+    count: Tensor
+    context: Tensor
+    condition: Tensor
+
+    def __init__(self, n_contexts: int, n_rows: int, n_genes: int) -> None:
+        super().__init__()
+        self.register_buffer("control_mean", torch.zeros(n_contexts, n_genes))
+        self.register_buffer("control_count", torch.zeros(n_contexts, dtype=torch.int64))
+        self.register_buffer("shift", torch.zeros(n_rows, n_genes))
+        self.register_buffer("noise", torch.zeros(n_rows))  # sampling variance of a row, summed over genes
+        for name in ("count", "context", "condition"):  # of every row
+            self.register_buffer(name, torch.zeros(n_rows, dtype=torch.int64))
