@@ -2,6 +2,18 @@
 
 from ._columns import take_columns
 from ._conditions import CONTROL_SYNONYMS, ConditionNames
+from ._feature_cache import FeatureCache
+from ._feature_statistics import FeatureCompression, FeatureStatistics
+from ._features import (
+    CallableFeatures,
+    FeatureEncoder,
+    FeatureLevel,
+    GeneTableFeatures,
+    ModelFeatures,
+    ObsmFeatures,
+    PCAFeatures,
+    make_encoder,
+)
 from ._fields import (
     CategoriesObsField,
     CategoryObsField,
@@ -33,6 +45,7 @@ from ._validate_markers import check_intensities, check_measured, find_markers
 __all__ = [
     "CONTROL_SYNONYMS",
     "ConditionNames",
+    "CallableFeatures",
     "CategoriesObsField",
     "CategoryObsField",
     "CellSetDataset",
@@ -41,10 +54,19 @@ __all__ = [
     "CellSetSplitter",
     "Contexts",
     "DiskRows",
+    "FeatureCache",
+    "FeatureCompression",
+    "FeatureEncoder",
+    "FeatureLevel",
+    "FeatureStatistics",
+    "GeneTableFeatures",
     "GroupObsField",
+    "ModelFeatures",
     "MuDataCategoriesObsField",
     "MuDataCategoryObsField",
     "MuDataGroupObsField",
+    "ObsmFeatures",
+    "PCAFeatures",
     "Part",
     "Rows",
     "align_genes",
@@ -64,6 +86,7 @@ __all__ = [
     "get_counts",
     "join_parts",
     "looks_like_counts",
+    "make_encoder",
     "match_genes",
     "open_store",
     "pad_mask",

@@ -1,6 +1,7 @@
 """Training that every gradient-trained model shares: plan, schedules, checkpoints, several devices."""
 
 from ._checkpoints import CheckpointError, PeriodicCheckpoint, ResumePoint, find_checkpoint, read_checkpoint
+from ._ema import ExponentialMovingAverage
 from ._history import History
 from ._loggers import HistoryLogger, with_history
 from ._means import EpochMeans
@@ -17,6 +18,7 @@ __all__ = [
     "CellweaveTrainingPlan",
     "CheckpointError",
     "EpochMeans",
+    "ExponentialMovingAverage",
     "History",
     "HistoryLogger",
     "PeriodicCheckpoint",
