@@ -9,6 +9,7 @@ from ._inspect import ModelInfo, inspect_model
 from ._layer_writer import LayerWriter
 from ._marker_table import MarkerTable
 from ._model_files import ModelFileError, SavedModel, read_model, write_model
+from ._scdfm import ScDFMCheckpoint, read_scdfm
 from ._scyan import ScyanWeights, read_scyan_weights
 
 __all__ = [
@@ -18,12 +19,14 @@ __all__ = [
     "ModelFileError",
     "ModelInfo",
     "SavedModel",
+    "ScDFMCheckpoint",
     "ScyanWeights",
     "inspect_model",
     "open_store",
     "read_cytometry_csv",
     "read_fcs",
     "read_model",
+    "read_scdfm",
     "read_scyan_weights",
     "write_cytometry_csv",
     "write_fcs",
