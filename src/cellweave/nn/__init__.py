@@ -11,6 +11,7 @@ from ._embedders import (
     GeneEncoder,
     LabelEncoder,
     LatentEmbedder,
+    SignedValueEncoder,
     TimestepEmbedder,
     timestep_features,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "PackedAttention",
     "PairLinear",
     "PairSequential",
+    "SignedValueEncoder",
     "TabularAttentionLayer",
     "TimestepEmbedder",
     "modulate",
