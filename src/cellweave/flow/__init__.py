@@ -1,7 +1,7 @@
 """Probability paths, times, solvers, guidance and noise of flow matching."""
 
 from ._guidance import Guidance, guide
-from ._noise import cell_generator, gaussian_noise, poisson_noise, poisson_rate
+from ._noise import cell_generator, cell_uniform, gaussian_noise, poisson_noise, poisson_rate
 from ._path import PathSample, end_point, linear_path
 from ._solvers import ADAPTIVE_SOLVERS, FIXED_SOLVERS, Velocity, evaluations, integrate
 from ._times import CascadedTimes, FlowTimes, TimeMode, cascade_grids, shift_time, time_grid
@@ -21,6 +21,7 @@ __all__ = [
     "Velocity",
     "cascade_grids",
     "cell_generator",
+    "cell_uniform",
     "end_point",
     "evaluations",
     "gaussian_noise",

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-__all__ = ["cell_generator", "gaussian_noise", "poisson_noise", "poisson_rate"]
+__all__ = ["cell_generator", "cell_uniform", "gaussian_noise", "poisson_noise", "poisson_rate"]
 
 # Smallest rate of the published noise.
 _MIN_RATE = 1e-8
@@ -27,6 +27,28 @@ def cell_generator(seed: int, cell: int, stream: int = 0) -> Generator:
     # SeedSequence wants numbers that are not negative
     words = np.random.SeedSequence((seed % 2**64, cell, stream)).generate_state(1, np.uint64)
     return Generator().manual_seed(int(words[0] >> np.uint64(1)))
+
+
+def cell_uniform(shape: tuple[int, ...], cells: Tensor, seed: int, stream: int = 0) -> Tensor:
+    """Uniform numbers in [0, 1) on the CPU.
+
+    Parameters
+    ----------
+    shape
+        Shape of the numbers of one cell.
+    cells
+        Numbers of the cells ``(cell,)``; a cell has the same draws in any company.
+    seed, stream
+        See :func:`cell_generator`.
+
+    Returns
+    -------
+    Tensor ``(cell, *shape)``.
+    """
+    out = torch.empty(len(cells), *shape)
+    for row, cell in zip(out, cells.tolist(), strict=True):
+        row.copy_(torch.rand(shape, generator=cell_generator(seed, cell, stream)))
+    return out
 
 
 def gaussian_noise(shape: tuple[int, ...], cells: Tensor, seed: int, stream: int = 0) -> Tensor:

@@ -1,6 +1,7 @@
 """Torch modules, one per model family: tensors in, tensors and losses out."""
 
-from ._ccfm import CascadedFlowModule, FlowDraws
+from ._ccfm import CascadedFlowModule
+from ._ccfm_draws import FlowDraws
 from ._ccfm_network import TwoStreamNetwork
 from ._ccfm_sampling import CascadeSampler, FlowSample, FlowSolver, FlowStart
 from ._scyan import ScyanAnnotation, ScyanModule

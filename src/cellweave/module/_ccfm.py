@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
-from torch import Generator, Tensor
+from torch import Tensor
 
-from cellweave._keys import FLOW_KEYS, LOADER_KEYS, REGISTRY_KEYS, STEP_KEYS
+from cellweave._keys import FLOW_KEYS, LOADER_KEYS, REGISTRY_KEYS
 from cellweave.flow import (
     CascadedTimes,
     FlowTimes,
     TimeMode,
+    cell_uniform,
     end_point,
     gaussian_noise,
     linear_path,
@@ -26,31 +25,22 @@ from cellweave.objective import (
     ExpressionVelocity,
     LatentVelocity,
     Objective,
-    derive_seed,
+    ZeroGate,
     step_generator,
     step_outputs,
 )
 
+from ._ccfm_draws import GENES, FlowDraws, evaluating, own_generator, rows_with_weight, take
 from ._ccfm_network import FlowLayout, LatentLevel, TwoStreamNetwork
 from ._ccfm_sampling import CascadeSampler, FlowSample, FlowSolver, FlowStart, Stage1Input
 
-__all__ = ["CascadedFlowModule", "FlowDraws", "NoiseKind"]
+__all__ = ["CascadedFlowModule", "FlowOrigin", "NoiseKind"]
 
 NoiseKind = Literal["gaussian", "poisson"]
+FlowOrigin = Literal["noise", "control"]
 
-# Streams of the random draws of a step, and of a cell's noise.
-_GENES, _CELLS = 0, 1
-_EXPRESSION, _LATENT = 0, 1
-
-
-class FlowDraws(NamedTuple):
-    """Everything that is drawn in a training step."""
-
-    genes: Tensor | None  # int64 (used gene,): positions of the genes of this step; all where None
-    times: FlowTimes
-    expression: Tensor  # (cell, used gene): noise
-    latent: Tensor | None  # of the shape of the features of the used genes
-    hidden: Tensor  # bool (cell,): whose perturbation is hidden
+# Streams of a cell's noise.
+_EXPRESSION, _LATENT, _GATE = 0, 1, 2
 
 
 class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
@@ -63,6 +53,10 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
 
     The loss is the squared error of the two velocities :math:`x_1-x_0` at :math:`x_t=(1-t)x_0+tx_1`, and the maximum mean
     discrepancy between the expected end points :math:`x_t+(1-t)v` and the measured cells.
+
+    With ``start="control"`` the expression flows from the control cell, moved by the change that a simple prediction
+    expects (the anchor), instead of from noise. The velocity is zero before training, so that an untrained model is the
+    simple prediction, and training learns what it leaves.
 
     Parameters
     ----------
@@ -118,6 +112,19 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
         Probability that a cell's perturbation is hidden in training, which guidance needs.
     n_genes_per_step
         Number of genes drawn for a training step; all by default.
+    start
+        Start of the expression: ``"noise"``, or the ``"control"`` cell plus its anchor, if the batch has one.
+    start_noise
+        Standard deviation of Gaussian noise on control cells at the start; only with ``start="control"``.
+    zero_gate
+        Learn how likely a gene of a cell is zero, and draw the zeros of sampled cells from that.
+    gate_weight
+        Weight of the loss of that head.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range or does not go with another.
 
     References
     ----------
@@ -153,6 +160,10 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
         stage1_expression_input: Stage1Input = "noise",
         condition_dropout: float = 0.1,
         n_genes_per_step: int | None = None,
+        start: FlowOrigin = "noise",
+        start_noise: float = 0.0,
+        zero_gate: bool = False,
+        gate_weight: float = 1.0,
     ) -> None:
         super().__init__(
             n_tokens,
@@ -171,16 +182,26 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
             adapter_residual,
             zero_init,
             perturbation_head,
+            start == "control",
+            zero_gate,
         )
         choices: tuple[tuple[str, str, tuple[str, str]], ...] = (
             ("noise", noise, ("gaussian", "poisson")),
             ("stage1_expression_input", stage1_expression_input, ("noise", "control")),
+            ("start", start, ("noise", "control")),
         )
         for name, value, known in choices:
             if value not in known:
                 raise ValueError(f"`{name}` must be {known[0]!r} or {known[1]!r}, got {value!r}; choose one of them.")
         if not 0 <= condition_dropout < 1:
             raise ValueError(f"`condition_dropout` must be in [0, 1), got {condition_dropout}; choose a share.")
+        if start_noise < 0:
+            raise ValueError(f"`start_noise` must not be negative, got {start_noise}; use 0 for none.")
+        if start == "noise" and start_noise:
+            raise ValueError(f"`start_noise`={start_noise} needs `start`='control'; noise alone has the size 1.")
+        if start == "control" and noise != "gaussian":
+            raise ValueError(f"`noise`={noise!r} does not go with `start`='control'; use `noise`='gaussian'.")
+        self.start, self.start_noise = start, start_noise
         # without features every cell teaches the expression
         self.times = (
             CascadedTimes(time_mode, choose_latent_p, latent_noise) if n_latent else CascadedTimes("uniform", 0.0)
@@ -193,6 +214,8 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
             self.objectives.append(LatentVelocity(latent_weight, own_count))
         if mmd_weight:
             self.objectives.append(ConditionalMMD(mmd_weight))
+        if zero_gate:
+            self.objectives.append(ZeroGate(gate_weight))
 
     # ---------------------------------------------------------------- training
 
@@ -208,10 +231,10 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
         n_cells, n_genes = control.shape
         genes = None
         if self.training and self.n_genes_per_step and self.n_genes_per_step < n_genes:
-            shared = step_generator(tensors, _GENES)
+            shared = step_generator(tensors, GENES)
             genes = torch.randperm(n_genes, generator=shared)[: self.n_genes_per_step]
             control = control[:, genes.to(control.device)]
-        generator = _own_generator(tensors)
+        generator = own_generator(tensors)
         times = self.times.sample(n_cells, generator)
         if self.noise == "poisson":
             rate = poisson_rate(control, self.noise_target_sum).cpu()
@@ -231,6 +254,7 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
             "x": tensors[REGISTRY_KEYS.X],
             "control": tensors[FLOW_KEYS.CONTROL],
             "genes": tensors[FLOW_KEYS.GENES],
+            "anchor": tensors.get(FLOW_KEYS.ANCHOR),
             "latent": tensors.get(FLOW_KEYS.LATENT),
             "has_latent": tensors.get(FLOW_KEYS.HAS_LATENT),
             "draws": self.draw(tensors),
@@ -245,6 +269,7 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
         draws: FlowDraws,
         latent: Tensor | None = None,
         has_latent: Tensor | None = None,
+        anchor: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Points on the paths of both streams, and the velocities there.
 
@@ -255,25 +280,28 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
         ``u_latent`` of their shape.
         """
         keep = None if draws.genes is None else draws.genes.to(x.device)
-        x, control, genes = (_take(a, keep, -1) for a in (x, control, genes))
+        x, control, genes = (take(a, keep, -1) for a in (x, control, genes))
         times = FlowTimes(*(t.to(x) for t in draws.times))
-        path = linear_path(draws.expression.to(x), x, times.t_expr)
+        anchor = None if anchor is None else take(anchor, keep, -1)
+        path = linear_path(self._begin(control, anchor, draws.expression.to(x)), x, times.t_expr)
         x_t = path.x
         if self.n_latent and self.stage1_expression_input == "control":
             x_t = torch.where((times.w_expr == 0)[:, None], control, x_t)
         out = {"target": x, "control": control, "genes": genes, "x_t": x_t, "u_expr": path.velocity}
         out |= {**times._asdict(), "hidden": draws.hidden.to(x.device)}
+        if anchor is not None:
+            out["anchor"] = anchor
         if latent is not None and draws.latent is not None:
             per_gene = self.latent_level == "gene"
-            latent = _take(latent, keep, 1) if per_gene else latent
+            latent = take(latent, keep, 1) if per_gene else latent
             flow = linear_path(draws.latent.to(latent), latent, times.t_latent)
             out |= {"z_t": flow.x, "u_latent": flow.velocity}
             if has_latent is not None and per_gene:
-                out["has_latent"] = _take(has_latent, keep, -1)
+                out["has_latent"] = take(has_latent, keep, -1)
         return out
 
     def _get_generative_input(self, tensors: dict[str, Any], inference_outputs: dict[str, Tensor]) -> dict[str, Any]:
-        names = ("control", "genes", "x_t", "z_t", "t_expr", "t_latent", "w_latent", "hidden")
+        names = ("control", "anchor", "genes", "x_t", "z_t", "t_expr", "t_latent", "w_latent", "hidden")
         inputs: dict[str, Any] = {name: inference_outputs[name] for name in names if name in inference_outputs}
         return {**inputs, "perturbation": tensors[FLOW_KEYS.PERTURBATION]}
 
@@ -289,8 +317,11 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
         t_latent: Tensor | None = None,
         w_latent: Tensor | None = None,
         hidden: Tensor | None = None,
+        anchor: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Velocities ``v_expr`` ``(cell, gene)`` and, with features, ``v_latent`` of the cells ``latent_rows``.
+
+        With a zero gate also ``zero_logit`` ``(cell, gene)``.
 
         The features' head is the dearest part beside the backbone, so cells whose features do not count (``w_latent`` 0)
         are left out of it.
@@ -311,19 +342,23 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
             Weights of the features ``(cell,)``; all count by default.
         hidden
             Cells whose perturbation the network must not see, bool ``(cell,)``; none by default.
+        anchor
+            Expected change of the control cells ``(cell, gene)``; none by default.
         """
         gene, vector = self.read_tokens(genes, perturbation)
         if hidden is not None:
             vector = torch.where(hidden[:, None], self.p_mask_embed, vector)
-        known, effect = self.read_control(gene, control), self.read_perturbation(vector)
+        known, effect = self.read_control(gene, control, anchor), self.read_perturbation(vector)
         condition = self.condition(t_expr, t_latent, effect)
         tokens = self.expression_tokens(x_t, known)
         if z_t is not None:
             tokens = tokens + self.latent_tokens(z_t)
         tokens = self.backbone(tokens, condition, known, effect)
         out = {"v_expr": self.expression_velocity(tokens, effect)}
+        if self.gate_layer is not None:
+            out["zero_logit"] = self.zero_logit(tokens, effect)
         if z_t is not None:
-            rows = _rows(len(tokens), w_latent, tokens.device)
+            rows = rows_with_weight(len(tokens), w_latent, tokens.device)
             out |= {"latent_rows": rows, "v_latent": self.latent_velocity(tokens[rows], condition[rows])}
         return out
 
@@ -356,8 +391,8 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
 
     # ---------------------------------------------------------------- sampling
 
-    def draw_start(self, control: Tensor, cells: Tensor, seed: int) -> FlowStart:
-        """Noise at which the flows of cells start; it belongs to the number of a cell, not to its place in a batch.
+    def draw_start(self, control: Tensor, cells: Tensor, seed: int, anchor: Tensor | None = None) -> FlowStart:
+        """Where the flows of cells start; its noise belongs to the number of a cell, not to its place in a batch.
 
         Parameters
         ----------
@@ -367,16 +402,30 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
             Number of every cell ``(cell,)``.
         seed
             Seed of all cells.
+        anchor
+            Expected change of the control cells ``(cell, gene)`` or ``(gene,)``; read where flows start from control cells.
         """
+        n_genes = control.shape[1]
         if self.noise == "poisson":
             rate = poisson_rate(control, self.noise_target_sum)
-            expression = poisson_noise(rate, cells, seed, _EXPRESSION)
+            noise = poisson_noise(rate, cells, seed, _EXPRESSION)
+        elif self.start == "control" and not self.start_noise:
+            noise = torch.zeros(control.shape)  # nothing is drawn where noise has no share
         else:
-            expression = gaussian_noise((control.shape[1],), cells, seed, _EXPRESSION)
-        if not self.n_latent:
-            return FlowStart(expression.to(control))
-        shape = (control.shape[1], self.n_latent) if self.latent_level == "gene" else (self.n_latent,)
-        return FlowStart(expression.to(control), gaussian_noise(shape, cells, seed, _LATENT).to(control))
+            noise = gaussian_noise((n_genes,), cells, seed, _EXPRESSION)
+        gate = None if self.gate_layer is None else cell_uniform((n_genes,), cells, seed, _GATE).to(control)
+        latent = None
+        if self.n_latent:
+            shape = (n_genes, self.n_latent) if self.latent_level == "gene" else (self.n_latent,)
+            latent = gaussian_noise(shape, cells, seed, _LATENT).to(control)
+        return FlowStart(self._begin(control, anchor, noise.to(control)), latent, gate)
+
+    def _begin(self, control: Tensor, anchor: Tensor | None, noise: Tensor) -> Tensor:
+        """Start of the expression ``(cell, gene)``."""
+        if self.start == "noise":
+            return noise
+        start = control + self.start_noise * noise if self.start_noise else control
+        return start if anchor is None else start + anchor
 
     @torch.no_grad()
     def sample(
@@ -387,6 +436,7 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
         start: FlowStart,
         how: FlowSolver | None = None,
         stage1_expression_input: Stage1Input | None = None,
+        anchor: Tensor | None = None,
     ) -> FlowSample:
         """Cells after a perturbation, and their features; without dropout, whatever the mode.
 
@@ -399,52 +449,19 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
         perturbation
             Tokens or labels ``(cell or 1, slot)``; one row, where all cells share it, is faster.
         start
-            Noise, see :meth:`draw_start`.
+            Where the flows start, see :meth:`draw_start`.
         how
             Solver, times and guidance; ten midpoint steps per stage by default.
         stage1_expression_input
             Another input than in training; the seed of this model trains with ``"noise"`` and samples with ``"control"``.
+        anchor
+            Expected change of the control cells ``(cell, gene)`` with which the flows start, for the network to read.
         """
         # not `auto_move_data`, which would also move the times of the solver: not every device has float64
         device = self.p_mask_embed.device
-        latent = None if start.latent is None else start.latent.to(device)
-        begin = FlowStart(start.expression.to(device), latent)
+        latent, gate, anchor = (None if a is None else a.to(device) for a in (start.latent, start.gate, anchor))
+        begin = FlowStart(start.expression.to(device), latent, gate)
         with evaluating(self):
-            sampler = CascadeSampler(self, genes.to(device), control.to(device))
+            sampler = CascadeSampler(self, genes.to(device), control.to(device), anchor)
             stage1 = stage1_expression_input or self.stage1_expression_input
             return sampler.generate(perturbation.to(device), begin, how or FlowSolver(), stage1)
-
-
-@contextmanager
-def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while."""
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
-
-
-def _own_generator(tensors: dict[str, Any]) -> Generator | None:
-    """Generator of the draws of single cells, another one in every process that shares the step."""
-    seed = tensors.get(STEP_KEYS.SEED)
-    if seed is None:
-        return None
-    place = tensors.get(STEP_KEYS.POSITION)
-    first = int(place[0]) if place is not None and len(place) else 0
-    return Generator().manual_seed(derive_seed(int(seed), _CELLS, first))
-
-
-def _take(a: Tensor, keep: Tensor | None, dim: int) -> Tensor:
-    a = a.to_dense() if a.layout != torch.strided else a
-    return a if keep is None else a.index_select(dim, keep)
-
-
-def _rows(n_cells: int, weight: Tensor | None, device: torch.device) -> Tensor:
-    """Cells with a weight; the first one if there is none, so that every parameter has a gradient in every step."""
-    every = torch.arange(n_cells, device=device)
-    if weight is None:
-        return every
-    rows = every[weight > 0]
-    return rows if len(rows) else every[:1]

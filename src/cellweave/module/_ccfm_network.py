@@ -18,6 +18,7 @@ from cellweave.nn import (
     LatentEmbedder,
     PairLinear,
     PairSequential,
+    SignedValueEncoder,
     TimestepEmbedder,
 )
 
@@ -42,6 +43,7 @@ class PerturbationConstants(NamedTuple):
     vector: Tensor  # (cell, dim)
     adapters: tuple[Tensor, ...]  # per block: (cell, 1, dim)
     decoder: Tensor  # (cell, 1, dim)
+    gate: Tensor | None = None  # likewise, of the head of zeros
 
 
 class TwoStreamNetwork(nn.Module):
@@ -85,6 +87,10 @@ class TwoStreamNetwork(nn.Module):
         Start with blocks that are the identity and velocities of zero; the published model starts with random ones.
     perturbation_head
         Add the published head that predicts the perturbation vector.
+    anchored
+        Read the expected change of every gene beside the control cell.
+    zero_gate
+        Add the head that tells how likely a gene of a cell is zero.
 
     Raises
     ------
@@ -114,6 +120,8 @@ class TwoStreamNetwork(nn.Module):
         adapter_residual: bool = True,
         zero_init: bool = True,
         perturbation_head: bool = False,
+        anchored: bool = False,
+        zero_gate: bool = False,
     ) -> None:
         super().__init__()
         _check(n_tokens, n_latent, latent_level, n_hidden, n_layers, n_heads, layout)
@@ -124,6 +132,7 @@ class TwoStreamNetwork(nn.Module):
         self.p_mask_embed = nn.Parameter(0.02 * torch.randn(n_hidden))
         self.value_encoder_1 = ContinuousValueEncoder(n_hidden, dropout)
         self.value_encoder_2 = ContinuousValueEncoder(n_hidden, dropout)
+        self.anchor_encoder = SignedValueEncoder(n_hidden) if anchored else None
         self.fusion_layer = PairSequential(
             PairLinear(n_hidden, n_hidden, n_hidden), nn.GELU(), nn.Linear(n_hidden, n_hidden), nn.LayerNorm(n_hidden)
         )
@@ -135,6 +144,7 @@ class TwoStreamNetwork(nn.Module):
         self.gene_adaLN = nn.ModuleList(GeneAdaLN(n_hidden) for _ in range(n_layers))
         self.adapter_layer = nn.ModuleList(_adapter(n_hidden, dropout) for _ in range(n_layers))
         self.final_layer = ExpressionDecoder(n_hidden)
+        self.gate_layer = ExpressionDecoder(n_hidden) if zero_gate else None
         self.p_head = (
             nn.Sequential(nn.LayerNorm(n_hidden), nn.Linear(n_hidden, n_hidden)) if perturbation_head else None
         )
@@ -165,14 +175,17 @@ class TwoStreamNetwork(nn.Module):
         used = present[..., None].to(parts)
         return gene, (parts * used).sum(1) / used.sum(1).clamp(min=1)
 
-    def read_control(self, gene: Tensor, control: Tensor) -> ControlConstants:
-        """Constants of gene vectors ``(gene, dim)`` and the expression of control cells ``(cell, gene)``."""
+    def read_control(self, gene: Tensor, control: Tensor, anchor: Tensor | None = None) -> ControlConstants:
+        """Constants of gene vectors ``(gene, dim)``, the expression of control cells and their anchor ``(cell, gene)``."""
         tokens = self.value_encoder_2(control)
         if self.layout == "scdfm":
             tokens = tokens + gene
+        fused = tokens
+        if self.anchor_encoder is not None:
+            fused = tokens + self.anchor_encoder(torch.zeros_like(control) if anchor is None else anchor)
         return ControlConstants(
             gene,
-            self.fusion_layer.constant(tokens),
+            self.fusion_layer.constant(fused),
             tuple(cast("DiffPerceiverBlock", block).constant(tokens) for block in self.blocks),
             tuple(cast("GeneAdaLN", layer).constant(gene) for layer in self.gene_adaLN),
         )
@@ -181,7 +194,8 @@ class TwoStreamNetwork(nn.Module):
         """Constants of perturbation vectors ``(cell or 1, dim)``."""
         rows = vector[:, None]
         adapters = tuple(cast("PairSequential", adapter).constant(rows) for adapter in self.adapter_layer)
-        return PerturbationConstants(vector, adapters, self.final_layer.constant(rows))
+        gate = None if self.gate_layer is None else self.gate_layer.constant(rows)
+        return PerturbationConstants(vector, adapters, self.final_layer.constant(rows), gate)
 
     def null_perturbation(self) -> PerturbationConstants:
         """Constants of "some perturbation", which training learns where it hides the perturbation."""
@@ -224,6 +238,10 @@ class TwoStreamNetwork(nn.Module):
         """Velocity of the expression ``(cell, gene)`` from tokens of the backbone."""
         return self.final_layer(x, perturbation.decoder)
 
+    def zero_logit(self, x: Tensor, perturbation: PerturbationConstants) -> Tensor:
+        """Log odds that a gene of a cell is zero ``(cell, gene)``, from tokens of the backbone."""
+        return cast("ExpressionDecoder", self.gate_layer)(x, cast("Tensor", perturbation.gate))
+
     def latent_velocity(self, x: Tensor, condition: Tensor) -> Tensor:
         """Velocity of the features, of their shape, from tokens of the backbone."""
         return cast("LatentDecoder", self.latent_decoder)(x, condition)
@@ -245,7 +263,9 @@ class TwoStreamNetwork(nn.Module):
         for block in cast("list[DiffPerceiverBlock]", self.blocks):
             block.diff_self_attn.adaLN_modulation.set_zero()
             block.diff_cross_attn.adaLN_modulation.set_zero()
-        nn.init.zeros_(cast("nn.Linear", self.final_layer.fc[-1]).weight)
+        heads = [self.final_layer] if self.gate_layer is None else [self.final_layer, self.gate_layer]
+        for head in heads:
+            nn.init.zeros_(cast("nn.Linear", head.fc[-1]).weight)
 
 
 def _adapter(dim: int, dropout: float) -> PairSequential:

@@ -22,6 +22,7 @@ class FlowStart(NamedTuple):
 
     expression: Tensor  # (cell, gene)
     latent: Tensor | None = None  # (cell, gene, latent) or (cell, latent)
+    gate: Tensor | None = None  # (cell, gene): uniform numbers that decide which genes are zero
 
 
 class FlowSample(NamedTuple):
@@ -39,6 +40,7 @@ class FlowSolver(NamedTuple):
     latent_times: Tensor = time_grid(11)
     expression_guidance: Guidance = Guidance()
     latent_guidance: Guidance = Guidance()
+    gate_time: float = 0.9  # zeros are decided at the last expression time up to this one
 
 
 class CascadeSampler:
@@ -52,12 +54,14 @@ class CascadeSampler:
         Token of every gene ``(gene,)``.
     control
         Expression of the control cells ``(cell, gene)``.
+    anchor
+        Expected change of the control cells ``(cell, gene)``; none by default.
     """
 
-    def __init__(self, network: TwoStreamNetwork, genes: Tensor, control: Tensor) -> None:
+    def __init__(self, network: TwoStreamNetwork, genes: Tensor, control: Tensor, anchor: Tensor | None = None) -> None:
         self.network, self.genes, self.expression = network, genes, control
         none = torch.full((1, 1), -1, device=genes.device)
-        self.control: ControlConstants = network.read_control(network.read_tokens(genes, none)[0], control)
+        self.control: ControlConstants = network.read_control(network.read_tokens(genes, none)[0], control, anchor)
 
     def generate(
         self, perturbation: Tensor, start: FlowStart, how: FlowSolver, stage1_input: Stage1Input = "noise"
@@ -83,7 +87,15 @@ class CascadeSampler:
             velocity = self.latent_velocity(seen, constants, how.latent_guidance)
             latent = integrate(velocity, latent, how.latent_times, how.solver)
         velocity = self.expression_velocity(latent, constants, how.expression_guidance)
-        return FlowSample(integrate(velocity, start.expression, how.expression_times, how.solver), latent)
+        times, x = how.expression_times, start.expression
+        if start.gate is None or self.network.gate_layer is None:
+            return FlowSample(integrate(velocity, x, times, how.solver), latent)
+        # beside finished expression the zeros would only repeat what the flow says, so they are decided a little before
+        stop = int((times[:-1] <= how.gate_time).sum().clamp(min=1)) - 1
+        if stop:
+            x = integrate(velocity, x, times[: stop + 1], how.solver)
+        zero = start.gate < self.zero_probability(latent, constants, float(times[stop]), x)
+        return FlowSample(integrate(velocity, x, times[stop:], how.solver).masked_fill(zero, 0), latent)
 
     def latent_velocity(self, expression: Tensor, perturbation: PerturbationConstants, guidance: Guidance) -> Velocity:
         """Velocity of the features beside an ``expression`` at the time 0, whose tokens stay the same."""
@@ -101,17 +113,29 @@ class CascadeSampler:
         self, latent: Tensor | None, perturbation: PerturbationConstants, guidance: Guidance
     ) -> Velocity:
         """Velocity of the expression beside finished features, whose tokens stay the same."""
-        network = self.network
-        tokens = None if latent is None else network.latent_tokens(latent)
-        one = self.expression.new_ones(1)
+        tokens = None if latent is None else self.network.latent_tokens(latent)
 
         def velocity(branch: PerturbationConstants, t: float, x: Tensor) -> Tensor:
-            condition = network.condition(one * t, one, branch)
-            x = network.expression_tokens(x, self.control)
-            x = network.backbone(x if tokens is None else x + tokens, condition, self.control, branch)
-            return network.expression_velocity(x, branch)
+            return self.network.expression_velocity(self._second_stage(tokens, branch, t, x), branch)
 
         return self._guided(velocity, perturbation, guidance)
+
+    def zero_probability(
+        self, latent: Tensor | None, perturbation: PerturbationConstants, t: float, x: Tensor
+    ) -> Tensor:
+        """How likely the genes of cells are zero ``(cell, gene)``, told from expression ``x`` at the time ``t``."""
+        tokens = None if latent is None else self.network.latent_tokens(latent)
+        return self.network.zero_logit(self._second_stage(tokens, perturbation, t, x), perturbation).sigmoid()
+
+    def _second_stage(
+        self, latent_tokens: Tensor | None, perturbation: PerturbationConstants, t: float, x: Tensor
+    ) -> Tensor:
+        """Tokens of the backbone ``(cell, gene, dim)`` beside finished features."""
+        one = self.expression.new_ones(1)
+        condition = self.network.condition(one * t, one, perturbation)
+        tokens = self.network.expression_tokens(x, self.control)
+        tokens = tokens if latent_tokens is None else tokens + latent_tokens
+        return self.network.backbone(tokens, condition, self.control, perturbation)
 
     def _guided(
         self,

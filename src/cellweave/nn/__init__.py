@@ -12,6 +12,7 @@ from ._embedders import (
     GeneEncoder,
     LabelEncoder,
     LatentEmbedder,
+    SignedValueEncoder,
     TimestepEmbedder,
     timestep_features,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "PackedAttention",
     "PairLinear",
     "PairSequential",
+    "SignedValueEncoder",
     "TabularAttentionLayer",
     "TimestepEmbedder",
     "modulate",

@@ -14,6 +14,7 @@ __all__ = [
     "GeneEncoder",
     "LabelEncoder",
     "LatentEmbedder",
+    "SignedValueEncoder",
     "TimestepEmbedder",
     "timestep_features",
 ]
@@ -88,6 +89,25 @@ class ContinuousValueEncoder(nn.Module):
         """Tokens ``(cell, gene, dim)`` of values ``(cell, gene)``."""
         hidden = self.linear1(x.clamp(max=self.max_value)[..., None]).relu()
         return self.dropout(self.norm(self.linear2(hidden)))
+
+
+class SignedValueEncoder(nn.Module):
+    """One token per value that may be negative and whose size matters from the first step on; zero gives zero.
+
+    Parameters
+    ----------
+    dim
+        Width of a token.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(1, dim, bias=False)
+        self.outer = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens ``(cell, gene, dim)`` of values ``(cell, gene)``."""
+        return self.outer(self.inner(x[..., None]).tanh())
 
 
 class LabelEncoder(nn.Module):

@@ -1,7 +1,7 @@
 """Composable training objectives: each has a name, a weight and its own logged curve."""
 
 from ._base import Objective
-from ._flow_matching import ExpressionVelocity, LatentVelocity, velocity_error
+from ._flow_matching import ExpressionVelocity, LatentVelocity, ZeroGate, velocity_error
 from ._labels import LabelCrossEntropy
 from ._masked_nb import MaskedNegativeBinomial, negative_binomial_nll
 from ._metrics import masked_correlation, masked_mae
@@ -33,6 +33,7 @@ __all__ = [
     "PopulationPrior",
     "PopulationWeightPrior",
     "SlicedWasserstein",
+    "ZeroGate",
     "derive_seed",
     "marker_discordance",
     "draw_slices",

@@ -7,13 +7,14 @@ from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
+from torch.nn import functional as F
 
 from cellweave._keys import STEP_KEYS
 
 from ._base import Objective
 from ._shared import shared_mean
 
-__all__ = ["ExpressionVelocity", "LatentVelocity", "velocity_error"]
+__all__ = ["ExpressionVelocity", "LatentVelocity", "ZeroGate", "velocity_error"]
 
 
 def velocity_error(
@@ -106,3 +107,22 @@ class LatentVelocity(Objective):
         weight = outputs["w_latent"]
         total = _divisor(outputs, weight, self.own_count)
         return velocity_error(outputs["v_latent"], outputs["u_latent"], weight, total, outputs.get("has_latent"))
+
+
+class ZeroGate(Objective):
+    """Cross-entropy of ``zero_logit`` and whether ``target`` ``(cell, gene)`` is zero, with the weights ``w_expr``.
+
+    Parameters
+    ----------
+    weight
+        Factor in the total loss.
+    """
+
+    name: ClassVar[str] = "zero_loss"
+    requires: ClassVar[frozenset[str]] = frozenset({"zero_logit", "target", "w_expr", "n_cells"})
+
+    def __call__(self, outputs: Mapping[str, Tensor], generator: Generator | None = None) -> Tensor:
+        logit, zero = outputs["zero_logit"], outputs["target"] == 0
+        per_cell = F.binary_cross_entropy_with_logits(logit, zero.to(logit), reduction="none").mean(1)
+        weight = outputs["w_expr"].to(per_cell)
+        return shared_mean(per_cell, weight, _divisor(outputs, weight, own_count=False).to(per_cell))
