@@ -46,12 +46,14 @@ class _FlowKeys(NamedTuple):
 
     CONTROL: str = "control"  # float (cell, gene): expression of the control cell paired with each cell
     PERTURBATION: str = "perturbation"  # int64 (cell, slot): tokens or labels of the perturbation, negative for none
-    ANCHOR: str = "anchor"  # float (cell, gene): expected change, from where a flow from control cells starts
     GENES: str = "genes"  # int64 (gene,): token of every gene
     LATENT: str = "latent"  # float (cell, gene, latent) or (cell, latent): features of the perturbed cell
     HAS_LATENT: str = "has_latent"  # bool (gene,) or (cell, gene): false for genes without features
     CONDITION: str = "condition"  # int64 (cell,): which cells are compared as one distribution
-    ANCHOR: str = "anchor"  # float (cell, gene): shift of the mean that a simple baseline expects
+    ANCHOR: str = "anchor"  # float (cell, gene): expected change, from where a flow from control cells starts
+    TRANSPORT: str = (
+        "transport"  # float (cell, 4, gene): how control cells are expected to move, which gives the anchor
+    )
     DOSE: str = "dose"  # float (cell, slot): doses of the perturbation, positive where there is one
 
 

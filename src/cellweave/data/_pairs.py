@@ -45,7 +45,7 @@ class PairTables:
     doses
         Their doses ``(treatment, slot)``; None without doses.
     anchors
-        Expected shifts of groups ``(row, gene)`` and the row of every group ``(group,)``; None without.
+        Expected transports of groups ``(row, 4, gene)`` and the row of every group ``(group,)``; None without.
     features
         Gives the features of rows, ``(cell, latent)`` or ``(cell, gene, latent)``; None without.
     has_features
@@ -115,8 +115,8 @@ class PairDataset(CellSetDataset):
         if tables.doses is not None:
             batch[FLOW_KEYS.DOSE] = torch.from_numpy(tables.doses[treatment])
         if tables.anchors is not None:
-            shifts, row = tables.anchors
-            batch[FLOW_KEYS.ANCHOR] = torch.from_numpy(shifts[row[group]])
+            transports, row = tables.anchors
+            batch[FLOW_KEYS.TRANSPORT] = torch.from_numpy(transports[row[group]])
         if tables.features is not None:
             batch[FLOW_KEYS.LATENT] = torch.from_numpy(tables.features(rows))
             if tables.has_features is not None:

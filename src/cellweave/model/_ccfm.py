@@ -18,9 +18,10 @@ from cellweave.module import CascadedFlowModule, FlowOrigin, NoiseKind, Stage1In
 from cellweave.train import CellweaveTrainRunner, ExponentialMovingAverage
 
 from ._base import CellweaveModel
+from ._ccfm_anchors import anchor_table
 from ._ccfm_prediction import FlowPredictionMixin
 from ._ccfm_representation import FlowRepresentationMixin
-from ._ccfm_screen import ScreenMixin, anchor_table
+from ._ccfm_screen import ScreenMixin
 from ._setup_perturbation import PerturbationSetupMixin, read_split
 
 __all__ = ["CascadedFlowModel"]

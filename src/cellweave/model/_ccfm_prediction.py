@@ -18,7 +18,6 @@ from cellweave._types import Indices
 from cellweave.data import context_names, match_genes, row_source
 from cellweave.flow import Guidance, time_grid
 from cellweave.module import FlowSolver
-from cellweave.stats import expected_shift, with_contexts
 
 __all__ = ["FlowPredictionMixin"]
 
@@ -254,17 +253,19 @@ class FlowPredictionMixin:
         out = np.empty((len(conditions), n_cells, len(kept)), dtype=np.float32)
         latent: NDArray[np.float32] | None = None
         inputs = self._perturbation_inputs(conditions, dosages)
-        anchors = self._anchors(cells, conditions)
+        expected = self._expected(cells, conditions)
         genes = torch.from_numpy(self._tokens.gene_tokens()[kept])
         size = batch_size or max(1, _TOKENS // len(kept))
         parts = [slice(start, min(start + size, n_cells)) for start in range(0, n_cells, size)]
         for part in track(parts, description="Predicting cells", disable=len(parts) < 8, style="tqdm"):
-            control = torch.from_numpy(cells.x[part][:, kept])
-            numbers = torch.arange(part.start, part.stop)
+            control, numbers = torch.from_numpy(cells.x[part]), torch.arange(part.start, part.stop)
             for i, told in enumerate(inputs):
-                shift = None if anchors is None else torch.from_numpy(anchors[i][cells.context[part]][:, kept])
-                start = module.draw_start(control, numbers, seed, shift)
-                sample = module.sample(genes, control, start=start, how=how, anchor=shift, **told)
+                shift = None
+                if expected is not None:
+                    move = torch.from_numpy(expected[i][cells.context[part]])
+                    shift = module.draw_change(control, move, numbers, seed)[:, kept]
+                start = module.draw_start(control[:, kept], numbers, seed, shift)
+                sample = module.sample(genes, control[:, kept], start=start, how=how, anchor=shift, **told)
                 out[i, part] = sample.expression.clamp(min=0).cpu().numpy()
                 if return_latent and sample.latent is not None:
                     values = _per_cell(sample.latent).cpu().numpy()
@@ -294,25 +295,17 @@ class FlowPredictionMixin:
             entry["dose"] = values
         return inputs
 
-    def _anchors(self, cells: _Cells, conditions: Sequence[tuple[str, ...]]) -> list[NDArray[np.float32]] | None:
-        """Expected shifts of every condition ``(context, gene)``; None without anchors."""
-        rules = self._anchor_rules
-        if not rules:
+    def _expected(self, cells: _Cells, conditions: Sequence[tuple[str, ...]]) -> list[NDArray[np.float32]] | None:
+        """Expected transport of every condition ``(context, 4, gene)``; None without anchors."""
+        if not self._anchor_rules:
             return None
-        evidence = self._evidence()
-        known = len(evidence.table.contexts)
-        new = cells.contexts[known:]
-        if new:  # what is not known of a context is taken from the control cells that were given
-            means = [cells.x[cells.context == known + i].mean(0, dtype=np.float64) for i in range(len(new))]
-            counts = [int((cells.context == known + i).sum()) for i in range(len(new))]
-            evidence = with_contexts(evidence, cells.contexts, np.asarray(means), np.asarray(counts))
-        used = np.unique(cells.context)
+        means = self._means_with(cells.contexts, cells.context, cells.x)
+        used = np.unique(cells.context).tolist()
         out = []
         for condition in conditions:
-            shifts = np.zeros((len(cells.contexts), cells.x.shape[1]), dtype=np.float32)
-            for i in used.tolist():
-                shifts[i] = expected_shift(evidence, cells.contexts[i], condition, rules)
-            out.append(shifts)
+            transports = np.zeros((len(cells.contexts), 4, cells.x.shape[1]), dtype=np.float32)
+            transports[used] = self._transports(means, [(cells.contexts[i], condition) for i in used])
+            out.append(transports)
         return out
 
     def _solver(self, solver: str, n_steps: int, guidance_scale: float) -> FlowSolver:

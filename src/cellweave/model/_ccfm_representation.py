@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -12,12 +12,10 @@ from anndata import AnnData
 from numpy.typing import NDArray
 from scvi.utils import track
 
-from cellweave._keys import FLOW_KEYS
 from cellweave._types import Indices
-from cellweave.data import row_source
 from cellweave.module import evaluating
 
-from ._ccfm_prediction import _as_layer, _dense
+from ._ccfm_prediction import _as_layer
 from ._contexts import all_cells
 
 __all__ = ["FlowRepresentationMixin"]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
-import torch
 from anndata import AnnData
 from numpy.typing import NDArray
 from scvi import settings
@@ -24,16 +23,14 @@ from cellweave.data import (
     pad_mask,
     row_source,
 )
-from cellweave.module import AnchorTable
-from cellweave.stats import ANCHORS, AnchorRule, Evidence, ShiftTable, choose_anchors, expected_shift, with_contexts
+from cellweave.stats import Evidence
 
+from ._ccfm_anchors import AnchorMixin, study_anchors
 from ._setup_perturbation import _gene_names, read_split
 
 __all__ = ["ScreenMixin", "ScreenStudy"]
 
 _FACTS = "screen"  # where the registry keeps what was learned
-# Parts of the control cells, of which each is once what predictions are compared with.
-_N_FOLDS = 5
 
 
 class ScreenStudy(NamedTuple):
@@ -41,10 +38,10 @@ class ScreenStudy(NamedTuple):
 
     facts: dict[str, Any]  # plain values, kept in the registry
     forbidden: NDArray[np.bool_] | None  # gene graph
-    evidence: Evidence  # means of the training cells
+    evidence: tuple[Evidence, Evidence]  # means and detection rates of the training cells
 
 
-class ScreenMixin:
+class ScreenMixin(AnchorMixin):
     """Study of the screen that a model is made with, and what follows from it for any data."""
 
     _features: FeatureCache | None = None  # of the training data; not saved
@@ -74,8 +71,8 @@ class ScreenMixin:
         if encoder is not None:
             cache = FeatureCache(encoder, adata, x, rows, latent_dim=latent_dim, seed=settings.seed or 0)
         self._features = cache
-        evidence = _evidence(x, screen, rows, genes)
-        table = evidence.table
+        rules, evidence = study_anchors(anchor, x, screen, rows, genes)
+        table = evidence[0].table
         facts = {
             "genes": genes,
             "others": list(tokens.others),
@@ -87,7 +84,7 @@ class ScreenMixin:
             "encoder": None if encoder is None else {"name": encoder.name, **encoder.config()},
             "features": None if cache is None else _feature_facts(cache),
             "has_graph": gene_graph is not None,
-            "anchors": [rule.to_dict() for rule in _rules(anchor, x, screen, rows, genes)],
+            "anchors": [rule.to_dict() for rule in rules],
         }
         self._screen_cache = (adata, screen)
         return ScreenStudy(facts, _forbidden(gene_graph, graph_top_k, x, rows, tokens), evidence)
@@ -112,10 +109,6 @@ class ScreenMixin:
         return PerturbationTokens(tuple(self._facts["genes"]), tuple(self._facts["others"]))
 
     @property
-    def _anchor_rules(self) -> list[AnchorRule]:
-        return [AnchorRule.from_dict(rule) for rule in self._facts["anchors"]]
-
-    @property
     def perturbations(self) -> list[str]:
         """What was perturbed in the training cells, each alone or in combinations."""
         return list(self._facts["seen"])
@@ -130,57 +123,6 @@ class ScreenMixin:
     def _expression_of(self, adata: AnnData) -> Any:
         layer = self._setup["layer"]
         return adata.X if layer is None else adata.layers[layer]
-
-    # ---------------------------------------------------------------- anchors
-
-    def _remember(self, evidence: Evidence) -> None:
-        """Keep the means of the training cells with the weights."""
-        table = evidence.table
-        rows, columns = np.nonzero(table.is_observed)
-        kept = {
-            "control_mean": np.nan_to_num(table.control_mean),
-            "control_count": table.control_count,
-            "shift": table.shift[rows, columns],
-            "noise": evidence.noise[rows, columns],
-            "count": table.count[rows, columns],
-            "context": rows,
-            "condition": columns,
-        }
-        for name, values in kept.items():
-            buffer = getattr(self.module.anchors, name)
-            buffer.copy_(torch.from_numpy(np.asarray(values)).to(buffer.dtype))
-
-    def _evidence(self) -> Evidence:
-        """Means of the training cells."""
-        facts, kept = self._facts, self.module.anchors
-        conditions = tuple(tuple(condition) for condition in facts["conditions"])
-        shape = (len(facts["contexts"]), len(conditions))
-        rows, columns = kept.context.cpu().numpy(), kept.condition.cpu().numpy()
-        shift = np.full((*shape, len(facts["genes"])), np.nan)
-        shift[rows, columns] = kept.shift.cpu().numpy()
-        count = np.zeros(shape, dtype=np.int64)
-        count[rows, columns] = kept.count.cpu().numpy()
-        control_count = kept.control_count.cpu().numpy()
-        control_mean = np.where(control_count[:, None] > 0, kept.control_mean.cpu().numpy().astype(np.float64), np.nan)
-        contexts, genes = tuple(facts["contexts"]), tuple(facts["genes"])
-        noise = np.full(shape, np.nan)
-        noise[rows, columns] = kept.noise.cpu().numpy()
-        return Evidence(ShiftTable(contexts, conditions, control_mean, control_count, shift, count, genes), noise)
-
-    def _anchor_tables(self, screen: Screen) -> tuple[NDArray[np.float32], NDArray[np.int64]] | None:
-        """Expected shift of every group of ``screen``: rows, and the row of each group."""
-        rules = self._anchor_rules
-        if not rules:
-            return None
-        evidence, n_contexts = self._evidence(), len(screen.contexts)
-        groups = np.unique(screen.treatment * n_contexts + screen.context)
-        row = np.zeros(len(screen.treatments) * n_contexts, dtype=np.int64)
-        row[groups] = np.arange(len(groups))
-        shifts = [
-            expected_shift(evidence, screen.contexts[g % n_contexts], screen.treatments[g // n_contexts][0], rules)
-            for g in groups.tolist()
-        ]
-        return np.asarray(shifts, dtype=np.float32), row
 
     # ---------------------------------------------------------------- batches
 
@@ -233,39 +175,12 @@ class ScreenMixin:
 
 def _feature_facts(cache: FeatureCache) -> dict[str, Any]:
     compression = None if cache.compression is None else cache.compression.to_dict()
-    return {"level": cache.level, "dim": cache.dim, "statistics": cache.statistics.to_dict(), "compression": compression}
-
-
-def _evidence(
-    x: Any, screen: Screen, rows: NDArray[np.int64], genes: Sequence[str], keep: NDArray[np.bool_] | None = None
-) -> Evidence:
-    """Means of training cells, or of those that ``keep`` says ``(cell,)``; contexts in the order of the screen."""
-    used = np.sort(rows if keep is None else rows[keep[rows]])
-    conditions, contexts = screen.conditions, screen.contexts
-    evidence = Evidence.from_cells(
-        row_source(x).take(used),
-        [conditions[i] for i in screen.treatment[used].tolist()],
-        [contexts[i] for i in screen.context[used].tolist()],
-        genes,
-    )
-    return with_contexts(evidence, contexts)
-
-
-def _rules(
-    anchor: str | None, x: Any, screen: Screen, rows: NDArray[np.int64], genes: Sequence[str]
-) -> list[AnchorRule]:
-    """Rules of the anchor: chosen by cross-validation, or the one that was named."""
-    if anchor is None:
-        return []
-    if anchor not in ("auto", *ANCHORS):
-        raise ValueError(f"`anchor` must be 'auto', None or one of {', '.join(ANCHORS)}, got {anchor!r}; choose one of them.")
-    if anchor != "auto":
-        return [AnchorRule(anchor)]
-    control = screen.is_control
-    fold = np.random.default_rng(settings.seed or 0).integers(_N_FOLDS, size=len(control))
-    parts = [[~control | side for side in (fold != i, fold == i)] for i in range(_N_FOLDS)]
-    folds = [[_evidence(x, screen, rows, genes, keep) for keep in pair] for pair in parts]
-    return choose_anchors([(seen, held_out.table) for seen, held_out in folds])
+    return {
+        "level": cache.level,
+        "dim": cache.dim,
+        "statistics": cache.statistics.to_dict(),
+        "compression": compression,
+    }
 
 
 def _median_doses(screen: Screen, rows: NDArray[np.int64]) -> dict[str, float]:
@@ -305,10 +220,3 @@ def _forbidden(
     allowed = (linked != 0) | (linked != 0).T | np.eye(len(genes), dtype=bool)
     order = np.argsort(np.asarray(genes, dtype=object), kind="stable")
     return tokens.pad(pad_mask(~allowed[np.ix_(order, order)], len(SPECIAL_TOKENS)))
-
-
-def anchor_table(facts: Mapping[str, Any]) -> AnchorTable:
-    """Empty table of the size of the training cells."""
-    return AnchorTable(len(facts["contexts"]), facts["n_observed"], len(facts["genes"]))
-
-

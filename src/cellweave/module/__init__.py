@@ -1,6 +1,7 @@
 """Torch modules, one per model family: tensors in, tensors and losses out."""
 
 from ._ccfm import CascadedFlowModule
+from ._ccfm_anchor import AnchorTable
 from ._ccfm_draws import FlowDraws
 from ._ccfm_network import TwoStreamNetwork
 from ._ccfm_sampling import CascadeSampler, FlowSample, FlowSolver, FlowStart
@@ -9,6 +10,7 @@ from ._scyan_ensemble import ScyanEnsemble
 from ._stack import StackModule, sample_gene_mask
 
 __all__ = [
+    "AnchorTable",
     "CascadeSampler",
     "CascadedFlowModule",
     "FlowDraws",

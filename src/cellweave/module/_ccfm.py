@@ -30,7 +30,7 @@ from cellweave.objective import (
     step_outputs,
 )
 
-from ._ccfm_draws import GENES, FlowDraws, evaluating, own_generator, rows_with_weight, take
+from ._ccfm_draws import GENES, FlowDraws, evaluating, expected_change, own_generator, rows_with_weight, take
 from ._ccfm_network import FlowLayout, LatentLevel, TwoStreamNetwork
 from ._ccfm_sampling import CascadeSampler, FlowSample, FlowSolver, FlowStart, Stage1Input
 
@@ -40,7 +40,7 @@ NoiseKind = Literal["gaussian", "poisson"]
 FlowOrigin = Literal["noise", "control"]
 
 # Streams of a cell's noise.
-_EXPRESSION, _LATENT, _GATE = 0, 1, 2
+_EXPRESSION, _LATENT, _GATE, _MOVE, _MOVED = range(5)
 
 
 class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
@@ -247,7 +247,13 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
             shape = (*control.shape, self.n_latent) if per_gene else (n_cells, self.n_latent)
             drawn = torch.randn(shape, generator=generator)
         hidden = torch.rand(n_cells, generator=generator) < (self.condition_dropout if self.training else 0.0)
-        return FlowDraws(genes, times, expression, drawn, hidden)
+        moves = None
+        if FLOW_KEYS.TRANSPORT in tensors:  # of all genes: how much a cell expresses is a matter of all
+            moves = (
+                torch.rand(n_cells, n_genes, generator=generator),
+                torch.randn(n_cells, n_genes, generator=generator),
+            )
+        return FlowDraws(genes, times, expression, drawn, hidden, moves)
 
     def _get_inference_input(self, tensors: dict[str, Any], **_: Any) -> dict[str, Any]:
         return {
@@ -255,6 +261,7 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
             "control": tensors[FLOW_KEYS.CONTROL],
             "genes": tensors[FLOW_KEYS.GENES],
             "anchor": tensors.get(FLOW_KEYS.ANCHOR),
+            "transport": tensors.get(FLOW_KEYS.TRANSPORT),
             "latent": tensors.get(FLOW_KEYS.LATENT),
             "has_latent": tensors.get(FLOW_KEYS.HAS_LATENT),
             "draws": self.draw(tensors),
@@ -270,6 +277,7 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
         latent: Tensor | None = None,
         has_latent: Tensor | None = None,
         anchor: Tensor | None = None,
+        transport: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Points on the paths of both streams, and the velocities there.
 
@@ -279,6 +287,9 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
         the four fields of :class:`~cellweave.flow.FlowTimes` and ``hidden`` ``(cell,)``; with features ``z_t`` and
         ``u_latent`` of their shape.
         """
+        if transport is not None and draws.moves is not None:
+            control = take(control, None, -1)
+            anchor = expected_change(control, transport, *draws.moves)
         keep = None if draws.genes is None else draws.genes.to(x.device)
         x, control, genes = (take(a, keep, -1) for a in (x, control, genes))
         times = FlowTimes(*(t.to(x) for t in draws.times))
@@ -419,6 +430,24 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
             shape = (n_genes, self.n_latent) if self.latent_level == "gene" else (self.n_latent,)
             latent = gaussian_noise(shape, cells, seed, _LATENT).to(control)
         return FlowStart(self._begin(control, anchor, noise.to(control)), latent, gate)
+
+    def draw_change(self, control: Tensor, transport: Tensor, cells: Tensor, seed: int) -> Tensor:
+        """Expected change of control cells ``(cell, gene)``: the anchor of :meth:`draw_start` and :meth:`sample`.
+
+        Parameters
+        ----------
+        control
+            Expression of the control cells ``(cell, gene)``.
+        transport
+            How they are expected to move ``(cell, 4, gene)``, see :class:`~cellweave.flow.Transport`.
+        cells
+            Number of every cell ``(cell,)``.
+        seed
+            Seed of all cells.
+        """
+        shape = (control.shape[1],)
+        uniform, normal = cell_uniform(shape, cells, seed, _MOVE), gaussian_noise(shape, cells, seed, _MOVED)
+        return expected_change(control, transport, uniform, normal)
 
     def _begin(self, control: Tensor, anchor: Tensor | None, noise: Tensor) -> Tensor:
         """Start of the expression ``(cell, gene)``."""

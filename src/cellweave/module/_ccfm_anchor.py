@@ -9,7 +9,7 @@ __all__ = ["AnchorTable"]
 
 
 class AnchorTable(nn.Module):
-    """Means of control cells and mean shifts of perturbed cells, kept with the weights of a model.
+    """Means and detection rates of control cells and their shifts in perturbed cells, kept with the weights of a model.
 
     Parameters
     ----------
@@ -22,9 +22,12 @@ class AnchorTable(nn.Module):
     """
 
     control_mean: Tensor
+    control_detection: Tensor
     control_count: Tensor
     shift: Tensor
+    detection_shift: Tensor
     noise: Tensor
+    detection_noise: Tensor
     count: Tensor
     context: Tensor
     condition: Tensor
@@ -32,8 +35,11 @@ class AnchorTable(nn.Module):
     def __init__(self, n_contexts: int, n_rows: int, n_genes: int) -> None:
         super().__init__()
         self.register_buffer("control_mean", torch.zeros(n_contexts, n_genes))
+        self.register_buffer("control_detection", torch.zeros(n_contexts, n_genes))
         self.register_buffer("control_count", torch.zeros(n_contexts, dtype=torch.int64))
         self.register_buffer("shift", torch.zeros(n_rows, n_genes))
-        self.register_buffer("noise", torch.zeros(n_rows))  # sampling variance of a row, summed over genes
+        self.register_buffer("detection_shift", torch.zeros(n_rows, n_genes))
+        for name in ("noise", "detection_noise"):  # sampling variance of a row, summed over genes
+            self.register_buffer(name, torch.zeros(n_rows))
         for name in ("count", "context", "condition"):  # of every row
             self.register_buffer(name, torch.zeros(n_rows, dtype=torch.int64))

@@ -10,10 +10,10 @@ import torch
 from torch import Generator, Tensor
 
 from cellweave._keys import STEP_KEYS
-from cellweave.flow import FlowTimes
+from cellweave.flow import FlowTimes, Transport, move_cells
 from cellweave.objective import derive_seed
 
-__all__ = ["CELLS", "GENES", "FlowDraws", "evaluating", "own_generator", "rows_with_weight", "take"]
+__all__ = ["CELLS", "GENES", "FlowDraws", "evaluating", "expected_change", "own_generator", "rows_with_weight", "take"]
 
 # Streams of the random draws of a step.
 GENES, CELLS = 0, 1
@@ -27,6 +27,7 @@ class FlowDraws(NamedTuple):
     expression: Tensor  # (cell, used gene): noise
     latent: Tensor | None  # of the shape of the features of the used genes
     hidden: Tensor  # bool (cell,): whose perturbation is hidden
+    moves: tuple[Tensor, Tensor] | None = None  # uniform and normal (cell, gene): of the expected transport
 
 
 @contextmanager
@@ -48,6 +49,12 @@ def own_generator(tensors: dict[str, Any]) -> Generator | None:
     place = tensors.get(STEP_KEYS.POSITION)
     first = int(place[0]) if place is not None and len(place) else 0
     return Generator().manual_seed(derive_seed(int(seed), CELLS, first))
+
+
+def expected_change(control: Tensor, transport: Tensor, uniform: Tensor, normal: Tensor) -> Tensor:
+    """What a transport ``(cell, 4, gene)`` changes in control cells ``(cell, gene)``."""
+    moved = move_cells(control, Transport(*transport.unbind(1)), uniform.to(control), normal.to(control))
+    return moved - control
 
 
 def take(a: Tensor, keep: Tensor | None, dim: int) -> Tensor:

@@ -1,0 +1,157 @@
+"""Where the flows of a cascaded flow start: what simple predictions expect of every condition in every context."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from numpy.typing import NDArray
+from scvi import settings
+
+from cellweave.data import Screen, row_source
+from cellweave.flow import expected_transport
+from cellweave.module import AnchorTable
+from cellweave.stats import ANCHORS, AnchorRule, Evidence, ShiftTable, choose_anchors, expected_shift, with_contexts
+
+__all__ = ["AnchorMixin", "Means", "anchor_table", "study_anchors"]
+
+# Parts of the control cells, of which each is once what predictions are compared with.
+_N_FOLDS = 5
+
+# Shifts of expression and of detection rates.
+Means = tuple[Evidence, Evidence]
+
+
+class AnchorMixin:
+    """Means of the training cells, and the start of the flow of any condition."""
+
+    @property
+    def _anchor_rules(self) -> list[AnchorRule]:
+        return [AnchorRule.from_dict(rule) for rule in self._facts["anchors"]]
+
+    def _remember(self, means: Means) -> None:
+        """Keep the means of the training cells with the weights."""
+        (expression, detection), observed = means, np.nonzero(means[0].table.is_observed)
+        kept = {
+            "control_mean": np.nan_to_num(expression.table.control_mean),
+            "control_detection": np.nan_to_num(detection.table.control_mean),
+            "control_count": expression.table.control_count,
+            "shift": expression.table.shift[observed],
+            "detection_shift": detection.table.shift[observed],
+            "noise": np.nan_to_num(expression.noise[observed]),
+            "detection_noise": np.nan_to_num(detection.noise[observed]),
+            "count": expression.table.count[observed],
+            "context": observed[0],
+            "condition": observed[1],
+        }
+        for name, values in kept.items():
+            buffer = getattr(self.module.anchors, name)
+            buffer.copy_(torch.from_numpy(np.asarray(values)).to(buffer.dtype))
+
+    def _means(self) -> Means:
+        """Means of the training cells."""
+        facts, kept = self._facts, {name: b.cpu().numpy() for name, b in self.module.anchors.named_buffers()}
+        contexts, genes = tuple(facts["contexts"]), tuple(facts["genes"])
+        conditions = tuple(tuple(condition) for condition in facts["conditions"])
+        place, shape = (kept["context"], kept["condition"]), (len(contexts), len(conditions))
+        count = np.zeros(shape, dtype=np.int64)
+        count[place] = kept["count"]
+        n_control = kept["control_count"]
+
+        def evidence(mean: str, change: str, chance: str) -> Evidence:
+            shift, noise = np.full((*shape, len(genes)), np.nan), np.full(shape, np.nan)
+            shift[place], noise[place] = kept[change], kept[chance]
+            control = np.where(n_control[:, None] > 0, kept[mean].astype(np.float64), np.nan)
+            return Evidence(ShiftTable(contexts, conditions, control, n_control, shift, count, genes), noise)
+
+        return (
+            evidence("control_mean", "shift", "noise"),
+            evidence("control_detection", "detection_shift", "detection_noise"),
+        )
+
+    def _anchor_tables(self, screen: Screen) -> tuple[NDArray[np.float32], NDArray[np.int64]] | None:
+        """Expected transport of every group of ``screen`` ``(row, 4, gene)``, and the row of each group."""
+        if not self._anchor_rules:
+            return None
+        n_contexts = len(screen.contexts)
+        groups = np.unique(screen.treatment * n_contexts + screen.context)
+        row = np.zeros(len(screen.treatments) * n_contexts, dtype=np.int64)
+        row[groups] = np.arange(len(groups))
+        pairs = [(screen.contexts[g % n_contexts], screen.treatments[g // n_contexts][0]) for g in groups.tolist()]
+        return self._transports(self._means(), pairs), row
+
+    def _transports(self, means: Means, pairs: Sequence[tuple[str, tuple[str, ...]]]) -> NDArray[np.float32]:
+        """Expected transport of conditions in contexts ``(pair, 4, gene)``."""
+        rules = self._anchor_rules
+        rows = [means[0].table.row(context) for context, _ in pairs]
+        shifts = [np.array([expected_shift(m, *pair, rules) for pair in pairs]) for m in means]
+        mean, detection = (m.table.control_mean[rows] for m in means)
+        n_cells = torch.from_numpy(means[0].table.control_count[rows])
+        inputs = (torch.from_numpy(np.nan_to_num(a)).double() for a in (mean, detection, *shifts))
+        return torch.stack(expected_transport(*inputs, n_cells), dim=1).float().numpy()
+
+    def _means_with(self, contexts: tuple[str, ...], context: NDArray[np.int64], x: NDArray[np.float32]) -> Means:
+        """Means of the training cells, and of control cells ``x`` where a context has none in them."""
+        means = self._means()
+        known = len(means[0].table.contexts)
+        new = [context == i for i in range(known, len(contexts))]
+        if not new:
+            return means
+        counts = np.array([part.sum() for part in new])
+        expression, detection = (
+            with_contexts(m, contexts, np.array([values[part].mean(0, dtype=np.float64) for part in new]), counts)
+            for m, values in zip(means, (x, x > 0), strict=True)
+        )
+        return expression, detection
+
+
+def anchor_table(facts: Mapping[str, Any]) -> AnchorTable:
+    """Empty table of the size of the training cells."""
+    return AnchorTable(len(facts["contexts"]), facts["n_observed"], len(facts["genes"]))
+
+
+def study_anchors(
+    anchor: str | None, x: Any, screen: Screen, rows: NDArray[np.int64], genes: Sequence[str]
+) -> tuple[list[AnchorRule], Means]:
+    """Rules of the anchor, chosen by cross-validation or named, and the means of the training cells."""
+    if anchor not in (None, "auto", *ANCHORS):
+        raise ValueError(
+            f"`anchor` must be 'auto', None or one of {', '.join(ANCHORS)}, got {anchor!r}; choose one of them."
+        )
+    every = np.ones(len(screen.treatment), dtype=bool)
+    means = tuple(_evidence(x, screen, rows, genes, every, is_rate) for is_rate in (False, True))
+    if anchor is None:
+        return [], means
+    if anchor != "auto":
+        return [AnchorRule(anchor)], means
+    control = screen.is_control
+    fold = np.random.default_rng(settings.seed or 0).integers(_N_FOLDS, size=len(control))
+    parts = [[~control | side for side in (fold != i, fold == i)] for i in range(_N_FOLDS)]
+    folds = [[_evidence(x, screen, rows, genes, keep) for keep in pair] for pair in parts]
+    return choose_anchors([(seen, held_out.table) for seen, held_out in folds]), means
+
+
+def _evidence(
+    x: Any,
+    screen: Screen,
+    rows: NDArray[np.int64],
+    genes: Sequence[str],
+    keep: NDArray[np.bool_],
+    is_rate: bool = False,
+) -> Evidence:
+    """Means (or detection rates) of the training cells that ``keep`` says; contexts in the order of the screen."""
+    used = np.sort(rows[keep[rows]])
+    values = row_source(x).take(used)
+    if is_rate:
+        values = values.sign() if sp.issparse(values) else np.sign(values)
+    conditions, contexts = screen.conditions, screen.contexts
+    evidence = Evidence.from_cells(
+        values,
+        [conditions[i] for i in screen.treatment[used].tolist()],
+        [contexts[i] for i in screen.context[used].tolist()],
+        genes,
+    )
+    return with_contexts(evidence, contexts)
