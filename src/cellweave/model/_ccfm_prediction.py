@@ -202,10 +202,7 @@ class FlowPredictionMixin:
         """The control cells that predictions are made from, one for each predicted cell."""
         setup = self._setup
         rows = self._rows(data, indices)[0]
-        if setup["perturbation_key"] in data.obs:
-            labels = data.obs[setup["perturbation_key"]].astype(str)
-            is_control = labels.map({label: not self._names.parts(label) for label in labels.unique()})
-            rows = rows[is_control.to_numpy(dtype=bool)[rows]]
+        rows = rows[self._is_control(data)[rows]]
         for key, wanted in (covariates or {}).items():
             if key not in data.obs:
                 raise KeyError(f"`covariates` names {key!r}, which is not in `adata.obs`; it has {list(data.obs)[:6]}.")
@@ -224,6 +221,14 @@ class FlowPredictionMixin:
             whole = np.concatenate([rng.permutation(rows) for _ in range(-(-n_cells // len(rows)))])
             rows = whole[:n_cells]
         return self._cells(data, rows)
+
+    def _is_control(self, data: AnnData) -> NDArray[np.bool_]:
+        """Whether each cell is a control cell; without labels all are ``(cell,)``."""
+        key = self._setup["perturbation_key"]
+        if key not in data.obs:
+            return np.ones(data.n_obs, dtype=bool)
+        labels = data.obs[key].astype(str)
+        return labels.map({label: not self._names.parts(label) for label in labels.unique()}).to_numpy(dtype=bool)
 
     def _cells(self, data: AnnData, rows: NDArray[np.int64]) -> _Cells:
         unique, place = np.unique(rows, return_inverse=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -11,11 +11,13 @@ import torch
 from anndata import AnnData
 from numpy.typing import NDArray
 from scvi.utils import track
+from torch import Tensor
 
 from cellweave._types import Indices
-from cellweave.module import evaluating
+from cellweave.data import context_names
+from cellweave.module import CascadeSampler, FlowSample, FlowSolver, FlowStart, embed_cells, evaluating, invert_flow
 
-from ._ccfm_prediction import _as_layer
+from ._ccfm_prediction import _TOKENS, _as_layer, _Cells
 from ._contexts import all_cells
 
 __all__ = ["FlowRepresentationMixin"]
@@ -27,11 +29,12 @@ _KINDS = ("backbone", "noise", "features")
 class _Part(NamedTuple):
     """Cells of one condition that are computed together."""
 
-    where: NDArray[np.int64]  # positions in the result
-    x: torch.Tensor  # (cell, gene)
-    control: torch.Tensor  # (cell, gene)
-    context: NDArray[np.int64]  # (cell,)
+    rows: NDArray[np.int64]  # positions in the data
     parts: tuple[str, ...]  # what was perturbed
+    x: Tensor  # (cell, gene)
+    control: Tensor  # (cell, gene): a control cell of the context beside each cell; a control cell has itself
+    transport: dict[tuple[str, ...], Tensor]  # expected move of control cells under a condition (cell, 4, gene)
+    latent: Tensor | None  # standardised features
 
 
 class FlowRepresentationMixin:
@@ -86,7 +89,7 @@ class FlowRepresentationMixin:
         with self._registered(adata) as data:
             rows, order = self._rows(data, indices)
             if kind == "features":
-                values = self._features(data, rows)
+                values = self._features_of(data, rows)
             else:
                 compute = self._backbone if kind == "backbone" else self._noise
                 values = self._by_condition(data, rows, compute, batch_size, seed)
@@ -148,18 +151,15 @@ class FlowRepresentationMixin:
         self._check_conditions([condition])
         place = self._result_place(adata, "layers", key_added, overwrite=overwrite)
 
-        def compute(part: _Part) -> torch.Tensor:
-            own, other = (self._flow_inputs(part, parts, dosages) for parts in (part.parts, condition))
-            module, sampler = self.module, self._sampler(part)
-            start = module.invert(sampler, own.tensors, part.x, how, own.shift)
-            again = module.follow(sampler, own.tensors, start, how, own.shift)
-            moved = module.follow(sampler, other.tensors, start, how, other.shift)
+        def compute(part: _Part) -> Tensor:
+            start = self._start_of(part, how)
+            moved, again = (self._follow(part, parts, start, how, dosages, seed) for parts in (condition, part.parts))
             # the factual end is computed too, so that the error of the solver cancels
-            return moved.clamp(min=0) - again.clamp(min=0)
+            return moved.expression.clamp(min=0) - again.expression.clamp(min=0)
 
         with self._registered(adata) as data:
             rows, order = self._rows(data, indices)
-            values = self._by_condition(data, rows, compute, batch_size, seed)
+            values = self._by_condition(data, rows, compute, batch_size, seed, condition)
         if place is not None:
             parameters = {
                 "perturbation": self._names.name(condition),
@@ -198,40 +198,124 @@ class FlowRepresentationMixin:
 
     # ---------------------------------------------------------------- pieces
 
-    def _features(self, data: AnnData, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _start_of(self, part: _Part, how: FlowSolver) -> FlowStart:
+        """Where the flows of measured cells start, relative to the anchor of their condition."""
+        tokens = self._perturbation_inputs([part.parts], None)[0]["perturbation"].to(part.x.device)
+        change = self._change(part, part.parts, 0)
+        sampler = CascadeSampler(self.module, self._gene_tokens(), part.control, change)
+        start = invert_flow(sampler, tokens, part.x, part.latent, how)
+        return start if change is None else start._replace(expression=start.expression - change)
+
+    def _follow(
+        self,
+        part: _Part,
+        parts: tuple[str, ...],
+        start: FlowStart,
+        how: FlowSolver,
+        dosages: Mapping[str, float] | None,
+        seed: int,
+    ) -> FlowSample:
+        """The flow under a condition from a start relative to its anchor."""
+        told = self._perturbation_inputs([parts], dosages)[0]
+        change = self._change(part, parts, seed)
+        begin = start if change is None else start._replace(expression=start.expression + change)
+        return self.module.sample(self._gene_tokens(), part.control, start=begin, how=how, anchor=change, **told)
+
+    def _change(self, part: _Part, parts: tuple[str, ...], seed: int) -> Tensor | None:
+        """Expected change of the control cells under a condition; the same draws under all of them."""
+        if parts not in part.transport:
+            return None
+        numbers = torch.from_numpy(part.rows)
+        return self.module.draw_change(part.control, part.transport[parts], numbers, seed)
+
+    def _gene_tokens(self) -> Tensor:
+        return torch.from_numpy(self._tokens.gene_tokens()).to(self.module.device)
+
+    def _features_of(self, data: AnnData, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Standardised features of the encoder ``(cell, latent)``; those of genes are averaged over them."""
         values = self._encoded(data, rows)
         return values.mean(1) if values.ndim == 3 else values
 
-    def _backbone(self, part: _Part) -> torch.Tensor:
-        module, sampler = self.module, self._sampler(part)
-        latent = None
-        if module.n_latent:
-            latent = torch.from_numpy(self._encoded(part.data, part.rows)).to(part.x)
-        return module.embed(sampler, part.x, latent)
+    def _backbone(self, part: _Part) -> Tensor:
+        sampler = CascadeSampler(self.module, self._gene_tokens(), part.control)
+        return embed_cells(sampler, part.x, part.latent)
 
-    def _noise(self, part: _Part) -> torch.Tensor:
-        own = self._flow_inputs(part, part.parts, None)
-        start = self.module.invert(
-            self._sampler(part), own.tensors, part.x, self._solver("midpoint", 10, 1.0), own.shift
-        )
-        return start - self.module.origin(part.control)
+    def _noise(self, part: _Part) -> Tensor:
+        start = self._start_of(part, self._solver("midpoint", 10, 1.0)).expression
+        return start if self.module.start == "noise" else start - part.control
 
     def _by_condition(
         self,
         data: AnnData,
         rows: NDArray[np.int64],
-        compute: Any,
+        compute: Callable[[_Part], Tensor],
         batch_size: int | None,
         seed: int,
+        *others: tuple[str, ...],
     ) -> NDArray[np.float32]:
         """Values ``(cell, dim)`` of :class:`_Part` after :class:`_Part`, in the order of ``rows``."""
         out: NDArray[np.float32] | None = None
-        parts = list(self._parts(data, rows, batch_size, seed))
+        size = batch_size or max(1, _TOKENS // len(self.genes))
+        groups = self._groups(data, rows)
+        pieces = [(parts, place[i : i + size]) for parts, place in groups.items() for i in range(0, len(place), size)]
         with torch.inference_mode(), evaluating(self.module):
-            for part in track(parts, description="Reading cells", disable=len(parts) < 8, style="tqdm"):
-                values = compute(part).float().cpu().numpy()
+            for parts, place in track(pieces, description="Reading cells", disable=len(pieces) < 8, style="tqdm"):
+                values = compute(self._part(data, rows, place, parts, seed, others)).float().cpu().numpy()
                 if out is None:
                     out = np.empty((len(rows), values.shape[1]), dtype=np.float32)
-                out[part.where] = values
+                out[place] = values
         return np.zeros((0, 0), np.float32) if out is None else out
+
+    def _groups(self, data: AnnData, rows: NDArray[np.int64]) -> dict[tuple[str, ...], NDArray[np.int64]]:
+        """Positions in ``rows`` of the cells of every condition; without labels all are control cells."""
+        key = self._setup["perturbation_key"]
+        if key not in data.obs:
+            return {(): np.arange(len(rows))}
+        labels = data.obs[key].astype(str).to_numpy()[rows]
+        found: dict[tuple[str, ...], list[NDArray[np.int64]]] = {}
+        for label in np.unique(labels):
+            found.setdefault(self._names.parts(str(label)), []).append(np.flatnonzero(labels == label))
+        return {parts: np.sort(np.concatenate(places)) for parts, places in found.items()}
+
+    def _part(
+        self,
+        data: AnnData,
+        rows: NDArray[np.int64],
+        place: NDArray[np.int64],
+        parts: tuple[str, ...],
+        seed: int,
+        others: Sequence[tuple[str, ...]],
+    ) -> _Part:
+        device = self.module.device
+        cells = self._cells(data, rows[place])
+        x = torch.from_numpy(cells.x).to(device)
+        control = x if not parts else torch.from_numpy(self._beside(data, cells, seed)).to(device)
+        conditions = [parts, *others]
+        expected = self._expected(cells, conditions)
+        transport = {}
+        for i, condition in enumerate(conditions if expected is not None else ()):
+            transport[condition] = torch.from_numpy(expected[i][cells.context]).to(device)
+        latent = None
+        if self.module.n_latent:
+            latent = torch.from_numpy(self._encoded(data, rows[place])).to(device)
+        return _Part(rows[place], parts, x, control, transport, latent)
+
+    def _beside(self, data: AnnData, cells: _Cells, seed: int) -> NDArray[np.float32]:
+        """A control cell of the context beside each cell, which does not depend on the others."""
+        is_control = self._is_control(data)
+        names, codes = context_names(data.obs, self._setup["pairing_keys"])
+        every = np.asarray(names, dtype=object)[codes]
+        out = np.empty_like(cells.rows)
+        for i in np.unique(cells.context):
+            here = np.flatnonzero(is_control & (every == cells.contexts[i]))
+            if len(here) == 0:
+                raise ValueError(
+                    f"`adata` has no control cell of the context {cells.contexts[i]!r}, beside which its perturbed cells are "
+                    "read; add some."
+                )
+            mine = cells.context == i
+            draws = [
+                np.random.default_rng([seed % 2**63, row]).integers(len(here)) for row in cells.rows[mine].tolist()
+            ]
+            out[mine] = here[draws]
+        return self._cells(data, out).x

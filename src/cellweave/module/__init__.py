@@ -1,10 +1,11 @@
 """Torch modules, one per model family: tensors in, tensors and losses out."""
 
-from ._ccfm import CascadedFlowModule
+from ._ccfm import CascadedFlowModule, FlowOrigin, NoiseKind
 from ._ccfm_anchor import AnchorTable
-from ._ccfm_draws import FlowDraws
+from ._ccfm_draws import FlowDraws, evaluating
+from ._ccfm_inversion import embed_cells, invert_flow
 from ._ccfm_network import TwoStreamNetwork
-from ._ccfm_sampling import CascadeSampler, FlowSample, FlowSolver, FlowStart
+from ._ccfm_sampling import CascadeSampler, FlowSample, FlowSolver, FlowStart, Stage1Input
 from ._scyan import ScyanAnnotation, ScyanModule
 from ._scyan_ensemble import ScyanEnsemble
 from ._stack import StackModule, sample_gene_mask
@@ -14,6 +15,9 @@ __all__ = [
     "CascadeSampler",
     "CascadedFlowModule",
     "FlowDraws",
+    "FlowOrigin",
+    "NoiseKind",
+    "Stage1Input",
     "FlowSample",
     "FlowSolver",
     "FlowStart",
@@ -22,5 +26,8 @@ __all__ = [
     "ScyanModule",
     "StackModule",
     "TwoStreamNetwork",
+    "embed_cells",
+    "evaluating",
+    "invert_flow",
     "sample_gene_mask",
 ]
