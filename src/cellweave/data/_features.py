@@ -430,8 +430,6 @@ def _digest(arrays: Mapping[str, NDArray]) -> str:
 def _shallow(adata: AnnData) -> AnnData:
     """The same matrices in another AnnData, to which a model of scvi-tools may add its columns."""
     copied = {name: dict(getattr(adata, name)) for name in ("layers", "obsm", "varm", "uns")}
-    # not what a registration left: the copy is another object and must not be taken for the one that was registered
-    copied["uns"] = {key: value for key, value in copied["uns"].items() if not key.startswith("_scvi")}
     return AnnData(adata.X, obs=adata.obs.copy(), var=adata.var.copy(), **copied)
 
 
