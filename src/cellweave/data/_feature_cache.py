@@ -122,6 +122,24 @@ class FeatureCache:
             )
         return self._features[place] if self._features is not None else self._on_demand(wanted)
 
+    def transform(self, adata: AnnData, x: Any, rows: Indices) -> NDArray[np.float32]:
+        """Standardised features of cells of any data, computed now ``(cell, dim)`` or ``(cell, gene, dim)``.
+
+        Parameters
+        ----------
+        adata
+            The data.
+        x
+            Their log-normalised expression ``(cell, gene)``.
+        rows
+            Rows or mask of the cells.
+        """
+        if adata is self.adata:
+            return self.get(rows)
+        return self._transformed(
+            encode_checked(self.encoder, adata, row_source(x), _positions(rows, adata.n_obs, "rows"))
+        )
+
     def inverse(self, z: NDArray[np.floating]) -> NDArray[np.float32]:
         """Features on the scale of the encoder, of standardised (and compressed) ones.
 

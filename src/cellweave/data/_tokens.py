@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ._conditions import ConditionNames
 from ._validate import _some
 
 __all__ = ["SPECIAL_TOKENS", "PerturbationTokens", "UnseenPerturbationError"]
@@ -72,7 +71,9 @@ class PerturbationTokens:
         """Token of every gene, in the order of the data ``(gene,)``."""
         return self._index().get_indexer(pd.Index(self.genes)).astype(np.int64)
 
-    def encode(self, conditions: Sequence[Sequence[str]], pad_with_control: bool = False) -> NDArray[np.int64]:
+    def encode(
+        self, conditions: Sequence[Sequence[str]], pad_with_control: bool = False, unknown: int | None = None
+    ) -> NDArray[np.int64]:
         """Tokens of conditions.
 
         Parameters
@@ -81,6 +82,8 @@ class PerturbationTokens:
             What was perturbed in each of them.
         pad_with_control
             Fill conditions of fewer than two parts with the token ``control``, as the published scDFM does.
+        unknown
+            Stands for parts without a token; an error by default.
 
         Returns
         -------
@@ -98,15 +101,18 @@ class PerturbationTokens:
             row[: len(parts)] = index.get_indexer(pd.Index(list(parts), dtype=object))
             if pad_with_control:
                 row[len(parts) : 2] = SPECIAL_TOKENS.index("control")
-        unknown = sorted(
-            {p for row, parts in zip(out, conditions, strict=True) for p, t in zip(parts, row, strict=False) if t < 0}
-        )
-        if unknown:
+        missing = [
+            p for row, parts in zip(out, conditions, strict=True) for p, t in zip(parts, row, strict=False) if t < 0
+        ]
+        if missing and unknown is None:
+            strange = sorted(set(missing))
             raise UnseenPerturbationError(
-                f"{len(unknown)} perturbation(s) are neither genes of the model nor perturbed in its training data "
-                f"({_some(unknown)}); train with `perturbation_reps` that describe them, or ask for one of "
-                f"{_some(self.others or self.genes)}."
+                f"{len(strange)} perturbation(s) are neither genes of the model nor perturbed in its training data "
+                f"({_some(strange)}); train with `perturbation_reps` that describe them, ask for one of "
+                f"{_some(self.others or self.genes)}, or predict with `unseen='average'`."
             )
+        for row, parts in zip(out, conditions, strict=True):
+            row[: len(parts)] = np.where(row[: len(parts)] < 0, -1 if unknown is None else unknown, row[: len(parts)])
         return out
 
     def pad(self, forbidden: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -114,11 +120,6 @@ class PerturbationTokens:
         padded = np.pad(forbidden, (0, len(self.others)), constant_values=True)
         np.fill_diagonal(padded, False)
         return padded
-
-    def unlike_genes(self, names: ConditionNames) -> list[str]:
-        """Perturbations that are no genes but look like a gene in another letter case."""
-        lower = {gene.lower() for gene in self.genes}
-        return [name for name in self.others if name.lower() in lower and name != names.control_key]
 
     def _index(self) -> pd.Index:
         return pd.Index(self.names, dtype=object)

@@ -21,7 +21,7 @@ from ._base import CellweaveModel
 from ._ccfm_anchors import anchor_table
 from ._ccfm_prediction import FlowPredictionMixin
 from ._ccfm_representation import FlowRepresentationMixin
-from ._ccfm_screen import ScreenMixin
+from ._ccfm_screen import ScreenMixin, check_representations
 from ._setup_perturbation import PerturbationSetupMixin, read_split
 
 __all__ = ["CascadedFlowModel"]
@@ -150,7 +150,10 @@ class CascadedFlowModel(
         self._pad_with_control = pad_with_control
         study = None
         if adata is not None:
-            study = self._study(adata, make_encoder(encoder), latent_dim, gene_graph, graph_top_k, anchor, ())
+            reps = None if perturbation_reps is None else check_representations(perturbation_reps, self._names)
+            represented = () if reps is None else reps.index.tolist()
+            study = self._study(adata, make_encoder(encoder), latent_dim, gene_graph, graph_top_k, anchor, represented)
+            study.facts["reps"] = [0, 0] if reps is None else list(reps.shape)
             self.registry_ = {**self.registry_, "screen": study.facts}
         facts, features = self._facts, self._facts["features"]
         n_tokens = self._tokens.n_tokens
@@ -178,9 +181,17 @@ class CascadedFlowModel(
             stage1_expression_input=stage1_expression_input,
             condition_dropout=condition_dropout,
         )
+        self.module.tell_more(
+            described=tuple(facts["reps"]) if facts["reps"][0] else None,
+            dosed=self._setup["dosage_key"] is not None,
+            n_categories=self._covariate_sizes(),
+        )
         self.module.anchors = anchor_table(facts)
         if study is not None:
             self._remember(study.evidence)
+            if reps is not None:
+                self._describe(reps)
+        perturbation_reps = None  # kept with the weights
         encoder, gene_graph = facts["encoder"], "coexpression" if facts["has_graph"] else None
         self._model_summary_string = "CascadedFlowModel"
         self.init_params_ = self._get_init_params(locals())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from scvi.utils import track
 from torch import Tensor
 
+from cellweave._keys import REGISTRY_KEYS
 from cellweave._types import Indices
 from cellweave.data import context_names, match_genes, row_source
 from cellweave.flow import Guidance, time_grid
-from cellweave.module import FlowSolver
+from cellweave.module import UNKNOWN, FlowSolver
 
 __all__ = ["FlowPredictionMixin"]
 
@@ -32,6 +33,7 @@ class _Cells(NamedTuple):
     rows: NDArray[np.int64]  # (cell,): positions in the AnnData
     context: NDArray[np.int64]  # (cell,)
     contexts: tuple[str, ...]
+    covariates: NDArray[np.int64] | None  # (cell, column): codes
 
 
 class FlowPredictionMixin:
@@ -45,6 +47,7 @@ class FlowPredictionMixin:
         n_cells: int | None = 128,
         covariates: Mapping[str, Any] | None = None,
         dosages: Mapping[str, float] | None = None,
+        unseen: Literal["error", "average"] = "error",
         genes: Sequence[str] | None = None,
         solver: str = "midpoint",
         n_steps: int = 10,
@@ -75,6 +78,8 @@ class FlowPredictionMixin:
             Only control cells with these values, for example ``{"cell_type": "B cells"}``; a list allows several.
         dosages
             Dose of what is perturbed, ``{"drug": 0.5}``; the median dose of the training cells by default.
+        unseen
+            What to do with a perturbation of which nothing is known: an error, or ``"average"`` to predict the average one.
         genes
             Predict these genes only, which is faster; the network then sees only them.
         solver
@@ -100,7 +105,7 @@ class FlowPredictionMixin:
         Raises
         ------
         UnseenPerturbationError
-            If a perturbation is neither a gene of the model nor was in the training cells.
+            If a perturbation is neither a gene of the model nor was in the training cells, and ``unseen`` is ``"error"``.
         ValueError
             If there are no control cells, or an argument is out of range.
         """
@@ -110,7 +115,7 @@ class FlowPredictionMixin:
         names = [self._names.canonical(label) for label in labels]
         how = self._solver(solver, n_steps, guidance_scale)
         conditions = [self._names.parts(name) for name in names]
-        self._check_conditions(conditions)
+        self._check_conditions(conditions, unseen)
         kept = self._kept_genes(genes)
         with self._registered(adata_ctrl) as data:
             cells = self._control_cells(data, indices, n_cells, covariates, seed)
@@ -172,7 +177,7 @@ class FlowPredictionMixin:
             raise ValueError("`perturbation` is missing; name the condition, for example 'A+B'.")
         condition = self._names.parts(perturbation)
         how = self._solver(solver, n_steps, guidance_scale)
-        self._check_conditions([condition])
+        self._check_conditions([condition], "error")
         place = self._result_place(adata_ctrl, "layers", key_added, overwrite=overwrite)
         with self._registered(adata_ctrl) as data:
             rows, order = self._rows(data, indices)
@@ -237,7 +242,11 @@ class FlowPredictionMixin:
         known = self._facts["contexts"]
         keys = self._setup["pairing_keys"]
         contexts, context = context_names(data.obs.iloc[rows], keys, known)
-        return _Cells(np.ascontiguousarray(x[place], dtype=np.float32), rows, context, contexts)
+        covariates = None
+        if self._setup["categorical_covariate_keys"]:
+            manager = self.get_anndata_manager(data, required=True)
+            covariates = np.asarray(manager.get_from_registry(REGISTRY_KEYS.CATEGORIES), dtype=np.int64)[rows]
+        return _Cells(np.ascontiguousarray(x[place], dtype=np.float32), rows, context, contexts, covariates)
 
     # ---------------------------------------------------------------- the flow
 
@@ -270,7 +279,10 @@ class FlowPredictionMixin:
                     move = torch.from_numpy(expected[i][cells.context[part]])
                     shift = module.draw_change(control, move, numbers, seed)[:, kept]
                 start = module.draw_start(control[:, kept], numbers, seed, shift)
-                sample = module.sample(genes, control[:, kept], start=start, how=how, anchor=shift, **told)
+                covariates = None if cells.covariates is None else torch.from_numpy(cells.covariates[part])
+                sample = module.sample(
+                    genes, control[:, kept], start=start, how=how, anchor=shift, covariates=covariates, **told
+                )
                 out[i, part] = sample.expression.clamp(min=0).cpu().numpy()
                 if return_latent and sample.latent is not None:
                     values = _per_cell(sample.latent).cpu().numpy()
@@ -286,18 +298,19 @@ class FlowPredictionMixin:
         self, conditions: Sequence[tuple[str, ...]], dosages: Mapping[str, float] | None
     ) -> list[dict[str, Tensor]]:
         """What the network is told of each condition, one row that all cells share."""
-        tokens = torch.from_numpy(self._tokens.encode(conditions, self._pad_with_control))
+        tokens = torch.from_numpy(self._tokens.encode(conditions, self._pad_with_control, UNKNOWN))
         inputs = [{"perturbation": row[None]} for row in tokens]
-        doses = self._facts["doses"]
+        usual = self._facts["doses"]
         if self._setup["dosage_key"] is None:
             if dosages:
                 raise ValueError("`dosages` were given, but the model knows none; set it up with `dosage_key`.")
             return inputs
         for entry, parts in zip(inputs, conditions, strict=True):
-            values = torch.ones(1, tokens.shape[1])
-            given = [(dosages or {}).get(part, doses.get(part, 1.0)) for part in parts]
-            values[0, : len(parts)] = torch.tensor(given, dtype=torch.float32)
-            entry["dose"] = values
+            given = [(dosages or {}).get(part, usual.get(part, 1.0)) / usual.get(part, 1.0) for part in parts]
+            if not all(np.isfinite(dose) and dose > 0 for dose in given):
+                raise ValueError(f"`dosages` must be positive numbers, got {dict(dosages or {})}; give doses above 0.")
+            entry["dose"] = torch.ones(1, tokens.shape[1])
+            entry["dose"][0, : len(parts)] = torch.tensor(given, dtype=torch.float32)
         return inputs
 
     def _expected(self, cells: _Cells, conditions: Sequence[tuple[str, ...]]) -> list[NDArray[np.float32]] | None:
@@ -325,8 +338,10 @@ class FlowPredictionMixin:
 
     # ---------------------------------------------------------------- pieces
 
-    def _check_conditions(self, conditions: Sequence[tuple[str, ...]]) -> None:
-        self._tokens.encode(conditions)
+    def _check_conditions(self, conditions: Sequence[tuple[str, ...]], unseen: str) -> None:
+        if unseen not in ("error", "average"):
+            raise ValueError(f"`unseen` must be 'error' or 'average', got {unseen!r}; choose one of them.")
+        self._tokens.encode(conditions, unknown=None if unseen == "error" else UNKNOWN)
 
     def _kept_genes(self, genes: Sequence[str] | None) -> NDArray[np.int64]:
         kept = self._gene_positions(genes)

@@ -35,6 +35,7 @@ class _Part(NamedTuple):
     control: Tensor  # (cell, gene): a control cell of the context beside each cell; a control cell has itself
     transport: dict[tuple[str, ...], Tensor]  # expected move of control cells under a condition (cell, 4, gene)
     latent: Tensor | None  # standardised features
+    covariates: Tensor | None  # codes (cell, column)
 
 
 class FlowRepresentationMixin:
@@ -148,7 +149,7 @@ class FlowRepresentationMixin:
         """
         condition = self._names.parts(perturbation)
         how = self._solver(solver, n_steps, 1.0)
-        self._check_conditions([condition])
+        self._check_conditions([condition], "error")
         place = self._result_place(adata, "layers", key_added, overwrite=overwrite)
 
         def compute(part: _Part) -> Tensor:
@@ -200,10 +201,12 @@ class FlowRepresentationMixin:
 
     def _start_of(self, part: _Part, how: FlowSolver) -> FlowStart:
         """Where the flows of measured cells start, relative to the anchor of their condition."""
-        tokens = self._perturbation_inputs([part.parts], None)[0]["perturbation"].to(part.x.device)
+        told = {
+            name: value.to(part.x.device) for name, value in self._perturbation_inputs([part.parts], None)[0].items()
+        }
         change = self._change(part, part.parts, 0)
         sampler = CascadeSampler(self.module, self._gene_tokens(), part.control, change)
-        start = invert_flow(sampler, tokens, part.x, part.latent, how)
+        start = invert_flow(sampler, sampler.read(**told, covariates=part.covariates), part.x, part.latent, how)
         return start if change is None else start._replace(expression=start.expression - change)
 
     def _follow(
@@ -219,7 +222,15 @@ class FlowRepresentationMixin:
         told = self._perturbation_inputs([parts], dosages)[0]
         change = self._change(part, parts, seed)
         begin = start if change is None else start._replace(expression=start.expression + change)
-        return self.module.sample(self._gene_tokens(), part.control, start=begin, how=how, anchor=change, **told)
+        return self.module.sample(
+            self._gene_tokens(),
+            part.control,
+            start=begin,
+            how=how,
+            anchor=change,
+            covariates=part.covariates,
+            **told,
+        )
 
     def _change(self, part: _Part, parts: tuple[str, ...], seed: int) -> Tensor | None:
         """Expected change of the control cells under a condition; the same draws under all of them."""
@@ -298,7 +309,8 @@ class FlowRepresentationMixin:
         latent = None
         if self.module.n_latent:
             latent = torch.from_numpy(self._encoded(data, rows[place])).to(device)
-        return _Part(rows[place], parts, x, control, transport, latent)
+        covariates = None if cells.covariates is None else torch.from_numpy(cells.covariates).to(device)
+        return _Part(rows[place], parts, x, control, transport, latent, covariates)
 
     def _beside(self, data: AnnData, cells: _Cells, seed: int) -> NDArray[np.float32]:
         """A control cell of the context beside each cell, which does not depend on the others."""

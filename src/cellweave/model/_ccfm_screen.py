@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
+import torch
 from anndata import AnnData
 from numpy.typing import NDArray
 from scvi import settings
@@ -23,6 +25,7 @@ from cellweave.data import (
     pad_mask,
     row_source,
 )
+from cellweave.module import NOTHING
 from cellweave.stats import Evidence
 
 from ._ccfm_anchors import AnchorMixin, study_anchors
@@ -124,20 +127,25 @@ class ScreenMixin(AnchorMixin):
         layer = self._setup["layer"]
         return adata.X if layer is None else adata.layers[layer]
 
+    def _describe(self, reps: pd.DataFrame) -> None:
+        """Give the network the representations of perturbations."""
+        tokens = torch.from_numpy(self._tokens.encode([(name,) for name in reps.index])[:, 0])
+        trained = torch.from_numpy(reps.index.isin(self._facts["seen"]))
+        self.module.descriptions.describe(tokens, torch.from_numpy(reps.to_numpy(dtype=np.float32)), trained)
+
     # ---------------------------------------------------------------- batches
 
     def _pair_tables(self) -> PairTables:
         """What training batches hold beyond expression."""
         screen, tokens = self._screen(), self._tokens
         doses = None
-        known = {*self._facts["genes"], *self._facts["others"]}
         # conditions that are held out may have parts that the model does not know; they are never drawn
-        usable = [parts if known.issuperset(parts) else () for parts in screen.conditions]
-        encoded = tokens.encode(usable, self._pad_with_control)
+        encoded = tokens.encode(screen.conditions, self._pad_with_control, NOTHING)
         if self._setup["dosage_key"] is not None:
             doses = np.ones(encoded.shape, dtype=np.float32)
-            for row, (_, given) in zip(doses, screen.treatments, strict=True):
-                row[: len(given)] = given
+            usual = self._facts["doses"]
+            for row, (parts, given) in zip(doses, screen.treatments, strict=True):
+                row[: len(given)] = [dose / usual.get(part, dose) for part, dose in zip(parts, given, strict=True)]
         features = self._training_features()
         return PairTables(
             screen,
@@ -220,3 +228,35 @@ def _forbidden(
     allowed = (linked != 0) | (linked != 0).T | np.eye(len(genes), dtype=bool)
     order = np.argsort(np.asarray(genes, dtype=object), kind="stable")
     return tokens.pad(pad_mask(~allowed[np.ix_(order, order)], len(SPECIAL_TOKENS)))
+
+
+def check_representations(reps: pd.DataFrame, names: ConditionNames) -> pd.DataFrame:
+    """Representations of single perturbations, checked.
+
+    Raises
+    ------
+    TypeError
+        If they are no frame.
+    ValueError
+        If names are repeated or no single perturbations, or values are not finite numbers.
+    """
+    if not isinstance(reps, pd.DataFrame):
+        raise TypeError(
+            f"`perturbation_reps` must be a DataFrame with one row per perturbation, got {type(reps).__name__}; make one with "
+            "the names as index."
+        )
+    reps = reps.set_axis(reps.index.astype(str))
+    wrong = [name for name in reps.index if names.parts(name) != (name,)]
+    wrong += reps.index[reps.index.duplicated()].tolist()
+    if wrong:
+        raise ValueError(
+            f"`perturbation_reps` has {len(wrong)} row(s) that are no single perturbation or are repeated (first: {wrong[0]!r}); give "
+            "every perturbation one row."
+        )
+    values = reps.apply(pd.to_numeric, errors="coerce").to_numpy(dtype=np.float64)
+    if not values.size or not np.isfinite(values).all():
+        bad = reps.index[~np.isfinite(values).all(1)].tolist() or ["nothing"]
+        raise ValueError(
+            f"`perturbation_reps` has values that are no finite numbers (first in row: {bad[0]!r}); fill or leave out these rows."
+        )
+    return reps

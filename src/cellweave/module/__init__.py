@@ -4,13 +4,15 @@ from ._ccfm import CascadedFlowModule, FlowOrigin, NoiseKind
 from ._ccfm_anchor import AnchorTable
 from ._ccfm_draws import FlowDraws, evaluating
 from ._ccfm_inversion import embed_cells, invert_flow
-from ._ccfm_network import TwoStreamNetwork
+from ._ccfm_network import NOTHING, UNKNOWN, TwoStreamNetwork
 from ._ccfm_sampling import CascadeSampler, FlowSample, FlowSolver, FlowStart, Stage1Input
 from ._scyan import ScyanAnnotation, ScyanModule
 from ._scyan_ensemble import ScyanEnsemble
 from ._stack import StackModule, sample_gene_mask
 
 __all__ = [
+    "NOTHING",
+    "UNKNOWN",
     "AnchorTable",
     "CascadeSampler",
     "CascadedFlowModule",

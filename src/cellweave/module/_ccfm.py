@@ -314,7 +314,10 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
     def _get_generative_input(self, tensors: dict[str, Any], inference_outputs: dict[str, Tensor]) -> dict[str, Any]:
         names = ("control", "anchor", "genes", "x_t", "z_t", "t_expr", "t_latent", "w_latent", "hidden")
         inputs: dict[str, Any] = {name: inference_outputs[name] for name in names if name in inference_outputs}
-        return {**inputs, "perturbation": tensors[FLOW_KEYS.PERTURBATION]}
+        inputs |= {name: tensors[name] for name in (FLOW_KEYS.PERTURBATION, FLOW_KEYS.DOSE) if name in tensors}
+        if self.covariate_layer is not None:
+            inputs["covariates"] = tensors[REGISTRY_KEYS.CATEGORIES]
+        return inputs
 
     @auto_move_data
     def generative(
@@ -329,6 +332,8 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
         w_latent: Tensor | None = None,
         hidden: Tensor | None = None,
         anchor: Tensor | None = None,
+        dose: Tensor | None = None,
+        covariates: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Velocities ``v_expr`` ``(cell, gene)`` and, with features, ``v_latent`` of the cells ``latent_rows``.
 
@@ -355,8 +360,10 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
             Cells whose perturbation the network must not see, bool ``(cell,)``; none by default.
         anchor
             Expected change of the control cells ``(cell, gene)``; none by default.
+        dose, covariates
+            See :meth:`TwoStreamNetwork.read_tokens`.
         """
-        gene, vector = self.read_tokens(genes, perturbation)
+        gene, vector = self.read_tokens(genes, perturbation, dose, covariates)
         if hidden is not None:
             vector = torch.where(hidden[:, None], self.p_mask_embed, vector)
         known, effect = self.read_control(gene, control, anchor), self.read_perturbation(vector)
@@ -466,6 +473,8 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
         how: FlowSolver | None = None,
         stage1_expression_input: Stage1Input | None = None,
         anchor: Tensor | None = None,
+        dose: Tensor | None = None,
+        covariates: Tensor | None = None,
     ) -> FlowSample:
         """Cells after a perturbation, and their features; without dropout, whatever the mode.
 
@@ -485,6 +494,8 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
             Another input than in training; the seed of this model trains with ``"noise"`` and samples with ``"control"``.
         anchor
             Expected change of the control cells ``(cell, gene)`` with which the flows start, for the network to read.
+        dose, covariates
+            See :meth:`TwoStreamNetwork.read_tokens`.
         """
         # not `auto_move_data`, which would also move the times of the solver: not every device has float64
         device = self.p_mask_embed.device
@@ -493,4 +504,5 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
         with evaluating(self):
             sampler = CascadeSampler(self, genes.to(device), control.to(device), anchor)
             stage1 = stage1_expression_input or self.stage1_expression_input
-            return sampler.generate(perturbation.to(device), begin, how or FlowSolver(), stage1)
+            told = [None if a is None else a.to(device) for a in (dose, covariates)]
+            return sampler.generate(perturbation.to(device), begin, how or FlowSolver(), stage1, *told)

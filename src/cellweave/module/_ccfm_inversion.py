@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cellweave.flow import integrate
+from cellweave.flow import Guidance, integrate
 
+from ._ccfm_network import PerturbationConstants
 from ._ccfm_sampling import CascadeSampler, FlowSolver, FlowStart
 
 __all__ = ["embed_cells", "invert_flow"]
 
 
 def invert_flow(
-    sampler: CascadeSampler, perturbation: Tensor, x: Tensor, latent: Tensor | None, how: FlowSolver
+    sampler: CascadeSampler, condition: PerturbationConstants, x: Tensor, latent: Tensor | None, how: FlowSolver
 ) -> FlowStart:
     """Where the flows start that end at measured cells.
 
@@ -24,8 +25,8 @@ def invert_flow(
     ----------
     sampler
         Flow beside the control cells.
-    perturbation
-        Tokens or labels of the condition ``(cell or 1, slot)``.
+    condition
+        Condition of the cells, as the sampler reads it.
     x
         Measured expression ``(cell, gene)``.
     latent
@@ -33,12 +34,10 @@ def invert_flow(
     how
         Solver and times; there is no guidance.
     """
-    network = sampler.network
-    constants = network.read_perturbation(network.read_tokens(sampler.genes, perturbation)[1])
-    velocity = sampler.expression_velocity(latent, constants, FlowSolver().expression_guidance)
+    velocity = sampler.expression_velocity(latent, condition, Guidance())
     start = integrate(velocity, x, how.expression_times.flip(0), how.solver)
     if latent is not None:
-        velocity = sampler.latent_velocity(start, constants, FlowSolver().latent_guidance)
+        velocity = sampler.latent_velocity(start, condition, Guidance())
         latent = integrate(velocity, latent, how.latent_times.flip(0), how.solver)
     return FlowStart(start, latent)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 
 from cellweave.nn import (
     ContinuousValueEncoder,
+    CovariateEncoder,
     DiffPerceiverBlock,
+    DoseResponse,
     ExpressionDecoder,
     GeneAdaLN,
     GeneEncoder,
@@ -20,9 +23,21 @@ from cellweave.nn import (
     PairSequential,
     SignedValueEncoder,
     TimestepEmbedder,
+    TokenDescriptions,
 )
 
-__all__ = ["ControlConstants", "FlowLayout", "LatentLevel", "PerturbationConstants", "TwoStreamNetwork"]
+__all__ = [
+    "NOTHING",
+    "UNKNOWN",
+    "ControlConstants",
+    "FlowLayout",
+    "LatentLevel",
+    "PerturbationConstants",
+    "TwoStreamNetwork",
+]
+
+# What stands in a slot of a perturbation where there is no token: nothing, or something that training did not see.
+NOTHING, UNKNOWN = -1, -2
 
 FlowLayout = Literal["ccfm", "scdfm"]
 LatentLevel = Literal["gene", "cell"]
@@ -151,11 +166,40 @@ class TwoStreamNetwork(nn.Module):
         self.latent_decoder: LatentDecoder | None = None
         if n_latent:
             self.latent_decoder = LatentDecoder(n_hidden, n_latent, decoder_depth, n_heads, latent_level == "cell")
+        self.descriptions: TokenDescriptions | None = None
+        self.dose_response: DoseResponse | None = None
+        self.covariate_encoder: CovariateEncoder | None = None
+        self.covariate_layer: nn.Linear | None = None
         self._initialise(zero_init)
+
+    def tell_more(
+        self, described: tuple[int, int] | None = None, dosed: bool = False, n_categories: Sequence[int] = ()
+    ) -> None:
+        """Let the network read more than names of perturbations.
+
+        Parameters
+        ----------
+        described
+            Number of tokens with given features, and of these features; see :class:`~cellweave.nn.TokenDescriptions`.
+        dosed
+            Read doses.
+        n_categories
+            Number of categories of every covariate.
+        """
+        if described is not None:
+            self.descriptions = TokenDescriptions(self.encoder.n_tokens, *described, self.n_hidden)
+        if dosed:
+            self.dose_response = DoseResponse(self.n_hidden)
+        if n_categories:
+            self.covariate_encoder = CovariateEncoder(n_categories)
+            self.covariate_layer = nn.Linear(self.covariate_encoder.n_covariates, self.n_hidden, bias=False)
+            nn.init.normal_(self.covariate_layer.weight, std=0.02)
 
     # ---------------------------------------------------------------- what stays the same along the flow
 
-    def read_tokens(self, genes: Tensor, perturbation: Tensor) -> tuple[Tensor, Tensor]:
+    def read_tokens(
+        self, genes: Tensor, perturbation: Tensor, dose: Tensor | None = None, covariates: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Vectors of genes ``(gene, dim)`` and of perturbations ``(cell or 1, dim)``, from one table.
 
         Parameters
@@ -163,17 +207,29 @@ class TwoStreamNetwork(nn.Module):
         genes
             Token of every gene ``(gene,)``.
         perturbation
-            Tokens, or labels, of what was perturbed ``(cell or 1, slot)``; negative ones are left out. The vector is their
-            mean, and zero where none is left.
+            Tokens, or labels, of what was perturbed ``(cell or 1, slot)``; ``NOTHING`` is left out, ``UNKNOWN`` is something
+            that training did not see. The vector is their mean, and zero where none is left.
+        dose
+            Their doses in units of the usual ones ``(cell or 1, slot)``; the usual ones by default.
+        covariates
+            Codes of the covariates ``(cell or 1, column)``, which move the vector.
         """
-        present, ids = perturbation >= 0, perturbation.clamp(min=0)
+        present, known, ids = perturbation != NOTHING, perturbation >= 0, perturbation.clamp(min=0)
         if self.perturbation_embedder is not None:
             gene, parts = self.encoder(genes), self.perturbation_embedder(ids)
         else:
             vectors = self.encoder(torch.cat([genes, ids.flatten()]))
             gene, parts = vectors[: len(genes)], vectors[len(genes) :].view(*ids.shape, -1)
+        if self.descriptions is not None:
+            parts = self.descriptions(ids, parts)
+        parts = torch.where(known[..., None], parts, self.p_mask_embed)
+        if self.dose_response is not None and dose is not None:
+            parts = self.dose_response(parts, dose)
         used = present[..., None].to(parts)
-        return gene, (parts * used).sum(1) / used.sum(1).clamp(min=1)
+        vector = (parts * used).sum(1) / used.sum(1).clamp(min=1)
+        if self.covariate_layer is not None and self.covariate_encoder is not None and covariates is not None:
+            vector = vector + self.covariate_layer(self.covariate_encoder(covariates))
+        return gene, vector
 
     def read_control(self, gene: Tensor, control: Tensor, anchor: Tensor | None = None) -> ControlConstants:
         """Constants of gene vectors ``(gene, dim)``, the expression of control cells and their anchor ``(cell, gene)``."""

@@ -64,7 +64,13 @@ class CascadeSampler:
         self.control: ControlConstants = network.read_control(network.read_tokens(genes, none)[0], control, anchor)
 
     def generate(
-        self, perturbation: Tensor, start: FlowStart, how: FlowSolver, stage1_input: Stage1Input = "noise"
+        self,
+        perturbation: Tensor,
+        start: FlowStart,
+        how: FlowSolver,
+        stage1_input: Stage1Input = "noise",
+        dose: Tensor | None = None,
+        covariates: Tensor | None = None,
     ) -> FlowSample:
         """Cells after a perturbation.
 
@@ -79,8 +85,10 @@ class CascadeSampler:
         stage1_input
             Expression that the first stage sees: the noise that the second starts from, as in training, or the control
             cell.
+        dose, covariates
+            See :meth:`TwoStreamNetwork.read_tokens`.
         """
-        constants = self.network.read_perturbation(self.network.read_tokens(self.genes, perturbation)[1])
+        constants = self.read(perturbation, dose, covariates)
         latent = start.latent
         if latent is not None:
             seen = start.expression if stage1_input == "noise" else self.expression
@@ -96,6 +104,12 @@ class CascadeSampler:
             x = integrate(velocity, x, times[: stop + 1], how.solver)
         zero = start.gate < self.zero_probability(latent, constants, float(times[stop]), x)
         return FlowSample(integrate(velocity, x, times[stop:], how.solver).masked_fill(zero, 0), latent)
+
+    def read(
+        self, perturbation: Tensor, dose: Tensor | None = None, covariates: Tensor | None = None
+    ) -> PerturbationConstants:
+        """Constants of a condition; arguments as in :meth:`generate`."""
+        return self.network.read_perturbation(self.network.read_tokens(self.genes, perturbation, dose, covariates)[1])
 
     def latent_velocity(self, expression: Tensor, perturbation: PerturbationConstants, guidance: Guidance) -> Velocity:
         """Velocity of the features beside an ``expression`` at the time 0, whose tokens stay the same."""
