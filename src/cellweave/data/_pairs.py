@@ -192,6 +192,8 @@ class PairSplitter(LightningDataModule):
         What batches hold beyond expression.
     split
         Part of each cell, 0 training, 1 validation, 2 test ``(cell,)``, instead of a random split.
+    held_out
+        Groups all of whose cells are for validation.
     n_sets
         Conditions per step.
     n_batches
@@ -221,6 +223,7 @@ class PairSplitter(LightningDataModule):
         *,
         tables: PairTables,
         split: NDArray[np.integer] | None = None,
+        held_out: NDArray[np.integer] | None = None,
         n_sets: int = 1,
         n_batches: int = 100,
         control_fraction: float = 0.0,
@@ -237,7 +240,10 @@ class PairSplitter(LightningDataModule):
             raise ValueError(f"`batch_size={batch_size}` is below `n_sets={n_sets}`; a set needs at least one cell.")
         self.adata_manager, self.tables, self.pairing = adata_manager, tables, pairing
         self.seed = settings.seed if settings.seed is not None else secrets.randbits(32)
-        part = self._split(train_size, validation_size, shuffle_set_split) if split is None else np.asarray(split)
+        part = self._split(train_size, validation_size, shuffle_set_split) if split is None else np.array(split)
+        if held_out is not None:
+            group = tables.screen.treatment * len(tables.screen.contexts) + tables.screen.context
+            part[np.isin(group, held_out) & (part == 0)] = 1
         self.train_idx, self.val_idx, self.test_idx = (np.flatnonzero(part == p) for p in range(3))
         control = tables.screen.is_control
         self.n_train, self.n_val = len(self.train_idx), int((~control[self.val_idx]).sum())

@@ -19,6 +19,7 @@ from cellweave.train import CellweaveTrainRunner, ExponentialMovingAverage
 
 from ._base import CellweaveModel
 from ._ccfm_anchors import anchor_table
+from ._ccfm_calibration import CalibrationMixin, held_out_groups
 from ._ccfm_prediction import FlowPredictionMixin
 from ._ccfm_representation import FlowRepresentationMixin
 from ._ccfm_screen import ScreenMixin, check_representations
@@ -31,7 +32,12 @@ _STEPS_PER_EPOCH = 50
 
 
 class CascadedFlowModel(
-    FlowPredictionMixin, FlowRepresentationMixin, ScreenMixin, PerturbationSetupMixin, CellweaveModel
+    FlowPredictionMixin,
+    FlowRepresentationMixin,
+    CalibrationMixin,
+    ScreenMixin,
+    PerturbationSetupMixin,
+    CellweaveModel,
 ):
     """Predict the cells of a perturbation from control cells.
 
@@ -212,6 +218,7 @@ class CascadedFlowModel(
         n_genes_per_step: int | None = 1000,
         control_fraction: float = 0.2,
         pairing: Pairing = "random",
+        calibrate: bool = True,
         early_stopping: bool = False,
         lr: float = 1e-3,
         ema_decay: float | None = 0.999,
@@ -249,6 +256,9 @@ class CascadedFlowModel(
             Share of the sets that are control cells beside control cells, which teaches what "no perturbation" means.
         pairing
             ``"random"`` pairs cells of a context at random, ``"ot"`` by optimal transport within each set.
+        calibrate
+            Leave some groups (a condition in a context) out of training, to measure with them how far predictions of others
+            should follow the flow; see :attr:`trust`. Without, they follow it all the way.
         early_stopping
             Stop when ``validation_loss`` no longer falls.
         lr
@@ -286,10 +296,14 @@ class CascadedFlowModel(
             "control_fraction": control_fraction,
             "pairing": pairing,
         }
+        held_out = np.zeros(0, dtype=np.int64)
         if self.adata is not None:
+            if calibrate and self.module.start == "control":
+                held_out = held_out_groups(self._screen(), self._training_rows(self.adata))
             splitter |= {
                 "tables": self._pair_tables(),
                 "split": None if split_key is None else read_split(self.adata.obs, split_key),
+                "held_out": held_out,
             }
         plan = {"lr": lr, "weight_decay": 0.0, "compile": compile}
         trainer = {"precision": precision, "gradient_clip_val": 1.0, **trainer_kwargs}
@@ -309,12 +323,16 @@ class CascadedFlowModel(
             batch_size=batch_size,
             early_stopping=early_stopping,
         )
+        if calibrate:
+            self._calibrate(held_out)
 
     def _run_fingerprint(self, runner: CellweaveTrainRunner) -> dict[str, str]:
         sampling = getattr(runner.data_splitter, "data_loader_kwargs", {})
         names = ("n_sets", "n_batches", "control_fraction")
         facts = {f"`{name}` of the pairs": str(sampling.get(name)) for name in names}
         facts |= {"`n_genes_per_step`": str(self.module.n_genes_per_step)}
+        averages = [c.decay for c in runner.trainer.callbacks if isinstance(c, ExponentialMovingAverage)]
+        facts |= {"`ema_decay`": str(averages or None)}
         facts |= {"`pairing`": str(getattr(runner.data_splitter, "pairing", None))}
         return {**super()._run_fingerprint(runner), **facts}
 

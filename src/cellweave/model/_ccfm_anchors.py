@@ -51,6 +51,15 @@ class AnchorMixin:
             buffer = getattr(self.module.anchors, name)
             buffer.copy_(torch.from_numpy(np.asarray(values)).to(buffer.dtype))
 
+    def _trained_contexts(self, condition: tuple[str, ...]) -> set[str]:
+        """Contexts in which the flow was trained on a condition."""
+        kept, facts = self.module.anchors, self._facts
+        known = [tuple(parts) for parts in facts["conditions"]]
+        if condition not in known:
+            return set()
+        rows = kept.context[kept.trained & (kept.condition == known.index(condition))]
+        return {facts["contexts"][row] for row in rows.tolist()}
+
     def _means(self) -> Means:
         """Means of the training cells."""
         facts, kept = self._facts, {name: b.cpu().numpy() for name, b in self.module.anchors.named_buffers()}

@@ -18,7 +18,7 @@ from cellweave._keys import REGISTRY_KEYS
 from cellweave._types import Indices
 from cellweave.data import context_names, match_genes, row_source
 from cellweave.flow import Guidance, time_grid
-from cellweave.module import UNKNOWN, FlowSolver
+from cellweave.module import UNKNOWN, FlowSample, FlowSolver
 
 __all__ = ["FlowPredictionMixin"]
 
@@ -261,9 +261,10 @@ class FlowPredictionMixin:
         kept: NDArray[np.int64],
         dosages: Mapping[str, float] | None,
         return_latent: bool,
+        trust: float | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """Expression ``(condition * cell, gene)`` and features, conditions one after the other."""
-        module, n_cells = self.module, len(cells.rows)
+        n_cells = len(cells.rows)
         out = np.empty((len(conditions), n_cells, len(kept)), dtype=np.float32)
         latent: NDArray[np.float32] | None = None
         inputs = self._perturbation_inputs(conditions, dosages)
@@ -272,19 +273,12 @@ class FlowPredictionMixin:
         size = batch_size or max(1, _TOKENS // len(kept))
         parts = [slice(start, min(start + size, n_cells)) for start in range(0, n_cells, size)]
         for part in track(parts, description="Predicting cells", disable=len(parts) < 8, style="tqdm"):
-            control, numbers = torch.from_numpy(cells.x[part]), torch.arange(part.start, part.stop)
             for i, told in enumerate(inputs):
-                shift = None
-                if expected is not None:
-                    move = torch.from_numpy(expected[i][cells.context[part]])
-                    shift = module.draw_change(control, move, numbers, seed)[:, kept]
-                start = module.draw_start(control[:, kept], numbers, seed, shift)
-                covariates = None if cells.covariates is None else torch.from_numpy(cells.covariates[part])
-                sample = module.sample(
-                    genes, control[:, kept], start=start, how=how, anchor=shift, covariates=covariates, **told
-                )
+                share = self._shares(cells, conditions[i], part) if trust is None else torch.full((1, 1), trust)
+                move = None if expected is None else expected[i]
+                sample = self._flow(cells, part, genes, kept, told, move, how, seed, share, return_latent)
                 out[i, part] = sample.expression.clamp(min=0).cpu().numpy()
-                if return_latent and sample.latent is not None:
+                if sample.latent is not None and return_latent:
                     values = _per_cell(sample.latent).cpu().numpy()
                     if latent is None:
                         latent = np.empty((len(conditions), n_cells, values.shape[1]), dtype=np.float32)
@@ -293,6 +287,42 @@ class FlowPredictionMixin:
             raise ValueError("`return_latent=True` needs a model with an encoder; this one has `encoder='none'`.")
         flat = None if latent is None else latent.reshape(-1, latent.shape[2])
         return out.reshape(-1, len(kept)), flat
+
+    def _flow(
+        self,
+        cells: _Cells,
+        part: slice,
+        genes: Tensor,
+        kept: NDArray[np.int64],
+        told: Mapping[str, Tensor],
+        move: NDArray[np.float32] | None,
+        how: FlowSolver,
+        seed: int,
+        share: Tensor,
+        needs_latent: bool,
+    ) -> FlowSample:
+        """Cells of one condition, ``share`` ``(cell or 1, 1)`` of the way from the start of the flow to its end."""
+        module, control = self.module, torch.from_numpy(cells.x[part])
+        numbers, change = torch.arange(part.start, part.stop), None
+        if move is not None:
+            change = module.draw_change(control, torch.from_numpy(move[cells.context[part]]), numbers, seed)[:, kept]
+        control = control[:, kept]
+        start = module.draw_start(control, numbers, seed, change)
+        if not share.any() and not needs_latent:  # nothing of the flow would be used
+            return FlowSample(start.expression, None)
+        covariates = None if cells.covariates is None else torch.from_numpy(cells.covariates[part])
+        end = module.sample(genes, control, start=start, how=how, anchor=change, covariates=covariates, **told)
+        # a value that the flow ends below zero at is a zero, of which a share is no negative number
+        x = torch.lerp(start.expression.to(end.expression), end.expression.clamp(min=0), share.to(end.expression))
+        return end._replace(expression=x)
+
+    def _shares(self, cells: _Cells, condition: tuple[str, ...], part: slice) -> Tensor:
+        """How far each cell follows the flow ``(cell, 1)``."""
+        if self.module.start == "noise":
+            return torch.ones(1, 1)
+        trained = self._trained_contexts(condition)
+        is_seen = torch.tensor([cells.contexts[i] in trained or not condition for i in cells.context[part].tolist()])
+        return torch.where(is_seen, self.trust.seen, self.trust.unseen)[:, None]
 
     def _perturbation_inputs(
         self, conditions: Sequence[tuple[str, ...]], dosages: Mapping[str, float] | None

@@ -31,6 +31,8 @@ class AnchorTable(nn.Module):
     count: Tensor
     context: Tensor
     condition: Tensor
+    trained: Tensor
+    trust: Tensor
 
     def __init__(self, n_contexts: int, n_rows: int, n_genes: int) -> None:
         super().__init__()
@@ -43,3 +45,6 @@ class AnchorTable(nn.Module):
             self.register_buffer(name, torch.zeros(n_rows))
         for name in ("count", "context", "condition"):  # of every row
             self.register_buffer(name, torch.zeros(n_rows, dtype=torch.int64))
+        self.register_buffer("trained", torch.ones(n_rows, dtype=torch.bool))  # whether the flow was trained on a row
+        # share of the way along the flow that predictions go, of rows it was trained on and of others
+        self.register_buffer("trust", torch.ones(2))
