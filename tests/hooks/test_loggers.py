@@ -76,6 +76,28 @@ def test_several_loggers_receive_every_metric(train):
         assert dict(logged) == pytest.approx(frame[name].to_dict()), name  # the history keeps more digits
 
 
+def test_callbacks_and_the_progress_bar_see_the_metrics_of_the_epoch(train):
+    """Protects early stopping, searches over hyper-parameters and the bar: what the history gets, they find in the trainer."""
+    seen = []
+
+    class Look(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module) -> None:
+            seen.append(
+                (dict(trainer.callback_metrics), dict(trainer.progress_bar_metrics), dict(trainer.logged_metrics))
+            )
+
+    model = train(callbacks=[Look()])
+    for name in ("train_loss", "validation_loss", "lr"):
+        curve = model.history[name][name].tolist()
+        # callbacks come before the plan at the end of training, after it at the end of validation
+        shift = 0 if name == "validation_loss" else 1
+        for place in (0, 2) if name == "lr" else (0, 1, 2):
+            found = [float(metrics[place][name]) for metrics in seen[shift:]]
+            assert found == pytest.approx(curve[: len(found)]), (name, place)
+    assert float(model.trainer.callback_metrics["train_loss"]) == pytest.approx(model.history["train_loss"].iloc[-1, 0])
+    assert model.trainer.progress_bar_metrics["cells/s"] >= 0
+
+
 def test_one_logger_need_not_be_in_a_list(train, tmp_path):
     """Protects the usual call `train(logger=CSVLogger(...))`: the file has every curve, the history too."""
     model = train(logger=CSVLogger(tmp_path, name="run", version="v"))

@@ -33,6 +33,31 @@ def test_results_are_means_over_members():
     assert (members[0].probs - members[1].probs).abs().max() > 1e-3, "members differ"
 
 
+@pytest.mark.parametrize("has_missing", [False, True])
+@pytest.mark.parametrize("n_members", [1, 3])
+def test_latent_markers_and_annotation_come_from_one_pass(n_members, has_missing, monkeypatch):
+    """Protects diagnostics after training: both equal the separate results, and the flow is run once per network."""
+    module = (
+        _ensemble(has_missing=has_missing) if n_members > 1 else ScyanModule(RHO, **SIZES, has_missing=has_missing)
+    ).eval()
+    x, passes = _x(), []
+    x[0, 1] = torch.nan if has_missing else x[0, 1]
+    expected = module.latent(x), module.annotate_cells(x)
+    infer = ScyanModule.inference
+    monkeypatch.setattr(ScyanModule, "inference", lambda *args: (passes.append(1), infer(*args))[1])
+    latent, annotation = module.read_cells(x)
+    assert len(passes) == n_members
+    torch.testing.assert_close((latent, *annotation), (expected[0], *expected[1]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("n_members", [1, 3])
+def test_cells_are_moved_to_the_device_of_the_module(n_members):
+    """Protects users with a GPU: cells on the CPU are read where the weights are."""
+    module = (_ensemble() if n_members > 1 else ScyanModule(RHO, **SIZES)).eval().to("meta")
+    assert module.device.type == "meta"
+    assert module.inference(x=_x())["u"].device.type == "meta"
+
+
 @pytest.mark.parametrize("tempered", [False, True])
 def test_a_member_trains_as_it_would_alone(tempered):
     """Protects members from each other: three times the gradient of the mean is the gradient of a single module."""

@@ -43,10 +43,11 @@ def _formula(flow: CouplingFlow, x, covariates):
     return x, log_det
 
 
-@given(st.integers(1, 8), st.integers(0, 3), st.integers(1, 5))
-def test_layers_follow_the_formula_and_the_inverse_undoes_them(n_features, n_covariates, n_layers):
-    """Protects masks, networks, covariates and both directions, from one feature on."""
-    flow = _flow(n_features, n_covariates, n_layers=n_layers, covariate_scale=3.0)
+@given(st.integers(1, 8), st.integers(0, 3), st.integers(1, 5), st.integers(0, 2))
+def test_layers_follow_the_formula_and_the_inverse_undoes_them(n_features, n_covariates, n_layers, n_hidden_layers):
+    """Protects masks, networks of any depth, covariates and both directions, from one feature on."""
+    options = {"n_layers": n_layers, "n_hidden_layers": n_hidden_layers}
+    flow = _flow(n_features, n_covariates, covariate_scale=3.0, **options)
     x, covariates = _cells(n_features, n_covariates)
     u, log_det = flow(x, covariates)
     expected_u, expected_log_det = _formula(flow, x, covariates)
@@ -80,10 +81,10 @@ def test_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(of_weights, weights)
 
 
-@pytest.mark.parametrize("n_cells", [3, 4096, 4097, 9000])
-def test_lean_derivatives_are_those_of_autograd(n_cells):
+@pytest.mark.parametrize(("n_cells", "n_hidden_layers"), [(3, 1), (3, 0), (4096, 1), (4097, 2), (9000, 1)])
+def test_lean_derivatives_are_those_of_autograd(n_cells, n_hidden_layers):
     """Protects training: activations computed again, some cells at a time, give the derivatives of the stored ones."""
-    flow, (x, covariates) = _flow(5, 2), _cells(5, 2, n_cells=n_cells)
+    flow, (x, covariates) = _flow(5, 2, n_hidden_layers=n_hidden_layers), _cells(5, 2, n_cells=n_cells)
     inputs = (x.requires_grad_(), covariates.requires_grad_(), *flow.parameters())
     weight = torch.randn(n_cells, 1, dtype=x.dtype, generator=torch.Generator().manual_seed(2))
     found = []
@@ -132,7 +133,8 @@ def test_only_transformed_features_are_computed():
     x, covariates = _cells(12, n_covariates)
     with FlopCounterMode(display=False) as counter:
         layer(x.t(), covariates.t())
-    per_network = n_hidden * (8 + n_covariates) + n_hidden_layers * n_hidden**2 + n_hidden * 4
+    with_one = n_hidden + 1  # biases are the weights of a constant, which every hidden layer hands on
+    per_network = with_one * (8 + n_covariates + 1) + n_hidden_layers * with_one**2 + with_one * 4
     assert counter.get_total_flops() == 2 * 2 * N_CELLS * per_network
 
 

@@ -98,7 +98,8 @@ class ContextInferenceMixin:
             **self._loader_options(adata),
             **contexts,
         )
-        self.module.eval()
+        if self.module.training:  # going through all layers to say so takes a millisecond
+            self.module.eval()
         silent = len(loader) < (8 if n_cells > 1 else 100)  # a bar for work that takes a moment is noise
         for batch in track(loader, description=description, disable=silent, style="tqdm"):
             batch = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}

@@ -216,10 +216,11 @@ class DiagnosticsMixin:
         def compute(batch: dict[str, Any]) -> Tensor:
             x = batch[REGISTRY_KEYS.X]
             x = x.to_dense() if x.layout != torch.strided else x
-            top = self._annotate(batch).probs.max(-1)
+            latent, annotation = self.module.read_cells(x, self.module.read_covariates(batch))
+            top = annotation.probs.max(-1)
             group = batch[REGISTRY_KEYS.BATCH] if has_batch else torch.zeros(len(x), 1)
             facts = torch.stack([group[:, 0].to(x), top.indices.to(x), top.values], 1)
-            return torch.cat([x, torch.where(x.isnan(), x, self._latent(batch)), facts], 1)
+            return torch.cat([x, torch.where(x.isnan(), x, latent), facts], 1)
 
         values, _, order, _ = self._per_cell(adata, indices, batch_size, compute, "Reading cells")
         values = values[order]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
 from typing import Any, NamedTuple, cast
 
 import torch
-from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
+from scvi.module.base import BaseModuleClass, LossOutput
 from torch import Generator, Tensor, nn
 
 from cellweave._keys import LOADER_KEYS, REGISTRY_KEYS, STEP_KEYS
@@ -24,10 +25,29 @@ from cellweave.objective import (
     step_outputs,
 )
 
-__all__ = ["ScyanAnnotation", "ScyanModule"]
+__all__ = ["ScyanAnnotation", "ScyanModule", "moves_data"]
 
 # Factor on the logits of the population weights, which lets a small learning rate move them fast.
 _PI_LOGIT_SCALE = 100.0
+
+
+def moves_data(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Move tensors to the device of the module.
+
+    As ``auto_move_data`` of scvi-tools, which asks every parameter for its device: half the time of annotating few cells.
+
+    Parameters
+    ----------
+    method
+        Method of a module with a ``device``.
+    """
+
+    @wraps(method)
+    def moved(self: Any, *args: Any, **kwargs: Any) -> Any:
+        here = [a.to(self.device) if isinstance(a, Tensor) else a for a in args]
+        return method(self, *here, **{k: a.to(self.device) if isinstance(a, Tensor) else a for k, a in kwargs.items()})
+
+    return moved
 
 
 class ScyanAnnotation(NamedTuple):
@@ -222,6 +242,11 @@ class ScyanModule(BaseModuleClass):
         return logits.log_softmax(-1)
 
     @property
+    def device(self) -> torch.device:
+        """Device of the parameters; the inherited one asks each of them."""
+        return self.pi_logit.device
+
+    @property
     def population_weights(self) -> Tensor:
         r"""Population weights :math:`\pi` ``(population,)``, without gradient."""
         return self.log_pi().detach().exp()
@@ -236,11 +261,23 @@ class ScyanModule(BaseModuleClass):
         covariates
             Covariates ``(cell, covariate)``.
         """
+        return self.read_cells(x, covariates)[0] if self.has_missing else self.inference(x, covariates)["u"]
+
+    def read_cells(self, x: Tensor, covariates: Tensor | None = None) -> tuple[Tensor, ScyanAnnotation]:
+        """What :meth:`latent` and :meth:`annotate_cells` say, from one pass through the flow.
+
+        Parameters
+        ----------
+        x
+            Measured markers ``(cell, marker)``, sparse or dense.
+        covariates
+            Covariates ``(cell, covariate)``.
+        """
         outputs = self.inference(x, covariates)
+        annotation = self.annotate(**self._get_generative_input({}, outputs))
         if not self.has_missing:
-            return outputs["u"]
-        expected = self.annotate(**self._get_generative_input({}, outputs)).probs @ self.prior.modes  # (cell, marker)
-        return torch.where(outputs["measured"], outputs["u"], expected)
+            return outputs["u"], annotation
+        return torch.where(outputs["measured"], outputs["u"], annotation.probs @ self.prior.modes), annotation
 
     def annotate_cells(self, x: Tensor, covariates: Tensor | None = None) -> ScyanAnnotation:
         """Posterior over populations and log density of measured cells.
@@ -268,7 +305,7 @@ class ScyanModule(BaseModuleClass):
         return self.real_nvp.inverse(outputs["u"], others, outputs.get("measured"))
 
     @torch.no_grad()
-    @auto_move_data
+    @moves_data
     def annotate(self, u: Tensor, measured: Tensor | None = None) -> ScyanAnnotation:
         """Posterior over populations and log density of latent cells; the temperature plays no part.
 
@@ -360,7 +397,7 @@ class ScyanModule(BaseModuleClass):
     def _get_inference_input(self, tensors: dict[str, Any], **_: Any) -> dict[str, Any]:
         return {"x": tensors[REGISTRY_KEYS.X], "covariates": self.read_covariates(tensors)}
 
-    @auto_move_data
+    @moves_data
     def inference(self, x: Tensor, covariates: Tensor | None = None) -> dict[str, Tensor]:
         """Latent markers ``u`` ``(cell, marker)`` and ``log_det`` ``(cell,)``; ``x`` may be sparse.
 
@@ -377,7 +414,7 @@ class ScyanModule(BaseModuleClass):
     def _get_generative_input(self, tensors: dict[str, Any], inference_outputs: dict[str, Tensor]) -> dict[str, Any]:
         return {name: inference_outputs[name] for name in ("u", "measured") if name in inference_outputs}
 
-    @auto_move_data
+    @moves_data
     def generative(self, u: Tensor, measured: Tensor | None = None) -> dict[str, Tensor]:
         """The two parts of the log density under each population, see :class:`PopulationLogProb`."""
         log_prob: PopulationLogProb = self.prior.log_prob(u, measured)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from typing import Any, cast
 
 import torch
-from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
+from scvi.module.base import BaseModuleClass, LossOutput
 from torch import Generator, Tensor, nn
 
 from cellweave.nn import CovariateEncoder
 from cellweave.objective import PopulationPrior
 
-from ._scyan import ScyanAnnotation, ScyanModule
+from ._scyan import ScyanAnnotation, ScyanModule, moves_data
 
 __all__ = ["ScyanEnsemble"]
 
@@ -66,6 +66,11 @@ class ScyanEnsemble(BaseModuleClass):
     def temperature_period(self) -> int:
         """See :class:`ScyanModule`."""
         return self.first.temperature_period
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return self.first.device
 
     @property
     def population_weights(self) -> Tensor:
@@ -143,11 +148,20 @@ class ScyanEnsemble(BaseModuleClass):
         covariates
             Covariates ``(cell, covariate)``.
         """
-        found = [member.annotate_cells(x, covariates) for member in self]
-        probs, joint, density = (
-            torch.stack([getattr(a, name) for a in found]).mean(0) for name in ("probs", "log_joint", "log_density")
-        )
-        return ScyanAnnotation(probs, probs.argmax(-1), joint, density)
+        return _mean_annotation([member.annotate_cells(x, covariates) for member in self])
+
+    def read_cells(self, x: Tensor, covariates: Tensor | None = None) -> tuple[Tensor, ScyanAnnotation]:
+        """See :meth:`ScyanModule.read_cells`.
+
+        Parameters
+        ----------
+        x
+            Measured markers ``(cell, marker)``, sparse or dense.
+        covariates
+            Covariates ``(cell, covariate)``.
+        """
+        latent, annotations = zip(*(member.read_cells(x, covariates) for member in self), strict=True)
+        return torch.stack(latent).mean(0), _mean_annotation(annotations)
 
     def change_covariates(self, x: Tensor, covariates: Tensor | None, others: Tensor | None) -> Tensor:
         """Cells as they would be measured with other covariates ``(cell, marker)``.
@@ -187,7 +201,7 @@ class ScyanEnsemble(BaseModuleClass):
     def _get_inference_input(self, tensors: dict[str, Any], **_: Any) -> dict[str, Any]:
         return self.first._get_inference_input(tensors)
 
-    @auto_move_data
+    @moves_data
     def inference(self, x: Tensor, covariates: Tensor | None = None) -> dict[str, Tensor]:
         """Outputs of every member: ``u`` ``(member, cell, marker)`` and ``log_det`` ``(member, cell)``."""
         return _stacked([member.inference(x, covariates) for member in self])
@@ -195,7 +209,7 @@ class ScyanEnsemble(BaseModuleClass):
     def _get_generative_input(self, tensors: dict[str, Any], inference_outputs: dict[str, Tensor]) -> dict[str, Any]:
         return self.first._get_generative_input(tensors, inference_outputs)
 
-    @auto_move_data
+    @moves_data
     def generative(self, u: Tensor, measured: Tensor | None = None) -> dict[str, Tensor]:
         """Outputs of every member, see :meth:`ScyanModule.generative`, with a leading axis."""
         there = [None] * len(u) if measured is None else measured
@@ -218,6 +232,12 @@ class ScyanEnsemble(BaseModuleClass):
             n_obs_minibatch=outputs[0].n_obs_minibatch,
             extra_metrics={name: value.mean() for name, value in terms.items()},
         )
+
+
+def _mean_annotation(found: Sequence[ScyanAnnotation]) -> ScyanAnnotation:
+    names = ("probs", "log_joint", "log_density")
+    probs, joint, density = (torch.stack([getattr(a, name) for a in found]).mean(0) for name in names)
+    return ScyanAnnotation(probs, probs.argmax(-1), joint, density)
 
 
 def _stacked(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,6 +12,7 @@ __all__ = ["CouplingFlow", "CouplingLayer"]
 
 # A layer transforms every third feature; which third shifts by one from layer to layer.
 _PERIOD = 3
+_relu_backward = torch.ops.aten.threshold_backward.grad_input
 # Cells whose activations are computed again together: few enough for the cache, many enough for long rows.
 _CACHED = 4096
 
@@ -24,107 +25,231 @@ def _network(n_in: int, n_hidden: int, n_hidden_layers: int, n_out: int) -> nn.S
     return nn.Sequential(*layers, nn.Linear(n_hidden, n_out))
 
 
-class _Weights(NamedTuple):
-    """Weights ``(output, input)`` and biases ``(output,)`` of the layers of a network."""
+class _Stack(NamedTuple):
+    """Networks of scale and shift of several coupling layers; the last column of every matrix is the bias."""
 
-    weights: Sequence[Tensor]
-    biases: Sequence[Tensor]
-
-
-def _chosen(network: nn.Sequential, inputs: Tensor, outputs: Tensor) -> _Weights:
-    """What is needed for some outputs of a network that is given only some of its inputs, the others being zero."""
-    layers = list(cast("Iterable[nn.Linear]", network[::2]))
-    weights: list[Tensor] = [layer.weight for layer in layers]
-    biases: list[Tensor] = [layer.bias for layer in layers]
-    weights[0], weights[-1] = weights[0].index_select(1, inputs), weights[-1].index_select(0, outputs)
-    biases[-1] = biases[-1].index_select(0, outputs)
-    return _Weights(weights, biases)
+    first: Tensor  # (layer, 2, hidden, feature and covariate and 1)
+    hidden: Tensor  # (layer, depth, 2, hidden, hidden + 1)
+    last: Tensor  # (layer, 2, feature, hidden + 1)
 
 
-def _output(x: Tensor, network: _Weights) -> Tensor:
-    """Output of a network, ReLU between layers.
+class _Layer(NamedTuple):
+    """What one coupling layer needs; the last row of hidden matrices gives the constant 1 that biases multiply."""
 
-    Cells run along the *last* axis, ``(input, cell)`` to ``(output, cell)``: the networks are narrow and the cells many,
-    so that rows are long, and choosing features copies whole rows (a quarter less time in prediction on the CPU).
+    inputs: Tensor  # rows of the state that it reads
+    transformed: Tensor  # rows that it changes
+    first: Tensor  # (2, hidden + 1, input)
+    hidden: Sequence[Tensor]  # (2, hidden + 1, hidden + 1) each
+    last: Tensor  # (2, transformed, hidden + 1)
+
+
+class _Tape(NamedTuple):
+    """What the derivative of a coupling layer needs."""
+
+    known: Tensor  # (input, cell)
+    moved: Tensor  # (transformed, cell), before the layer
+    log_scale: Tensor  # (transformed, cell)
+
+
+def _stack(layers: Sequence[CouplingLayer]) -> _Stack:
+    """One tensor per kind of matrix: many small ones would cost more than their products on a few thousand cells."""
+    networks = [list(network)[::2] for layer in layers for network in (layer.sfun, layer.tfun)]
+    depth = len(networks[0]) - 2
+    inner = [networks[i + j][1 + k] for i in range(0, len(networks), 2) for k in range(depth) for j in range(2)]
+    first, last = (_joined([network[i] for network in networks]).unflatten(0, (-1, 2)) for i in (0, -1))
+    n_hidden = first.shape[2]
+    if not inner:
+        return _Stack(first, first.new_empty(len(layers), 0, 2, n_hidden, n_hidden + 1), last)
+    return _Stack(first, _joined(inner).unflatten(0, (len(layers), depth, 2)), last)
+
+
+def _joined(linear: Iterable[nn.Module]) -> Tensor:
+    """Weights and biases of linear layers of one shape, ``(layer, output, input + 1)``."""
+    weights, biases = zip(*((layer.weight, layer.bias) for layer in linear), strict=True)
+    return torch.cat([torch.stack(weights), torch.stack(biases)[..., None]], -1)
+
+
+def _unstacked(stack: _Stack, parts: Sequence[tuple[Tensor, Tensor]]) -> list[_Layer]:
+    """Layers with the rows and columns of their matrices that the mask leaves."""
+    first, hidden, last = _with_constant(stack.first), _with_constant(stack.hidden), stack.last
+    return [
+        _Layer(inputs, transformed, a.index_select(-1, inputs), b.unbind(), c.index_select(1, transformed))
+        for (inputs, transformed), a, b, c in zip(parts, first, hidden, last, strict=True)
+    ]
+
+
+def _with_constant(matrices: Tensor) -> Tensor:
+    """Matrices with a further output, the last input, which is 1."""
+    row = torch.zeros_like(matrices[..., :1, :])
+    row[..., -1] = 1
+    return torch.cat([matrices, row], -2)
+
+
+def _activations(known: Tensor, layer: _Layer) -> Iterator[Tensor]:
+    """Outputs of the hidden layers of the networks of scale and shift, ``(2, hidden + 1, cell)`` each.
+
+    Cells run along the *last* axis: the networks are narrow and the cells many, so that rows are long, and choosing
+    features copies whole rows (a quarter less time in prediction on the CPU).
     """
-    *hidden, (weight, bias) = zip(*network, strict=True)
-    for args in hidden:
-        x = _hidden_layer(x, *args)
-    return torch.addmm(bias[:, None], weight, x)
+    activation = (layer.first.flatten(0, 1) @ known).unflatten(0, (2, -1)).relu_()
+    yield activation
+    for matrices in layer.hidden:
+        activation = torch.bmm(matrices, activation).relu_()
+        yield activation
 
 
-def _hidden_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.addmm(bias[:, None], weight, x).relu_()
+def _outputs(known: Tensor, layer: _Layer) -> Tensor:
+    """Outputs of the networks of scale and shift ``(2, transformed, cell)``."""
+    for activation in _activations(known, layer):
+        last = activation
+    return torch.bmm(layer.last, last)
 
 
-def _affine(x: Tensor, known: Tensor, scale: _Weights, shift: _Weights) -> tuple[Tensor, Tensor]:
-    """Scaled and shifted features and the logarithm of the scale, both ``(feature, cell)``."""
-    log_scale = _output(known, scale).tanh()
-    return torch.addcmul(_output(known, shift), x, log_scale.exp()), log_scale
+def _couple(state: Tensor, layer: _Layer, measured: Tensor | None) -> tuple[Tensor, _Tape]:
+    """Transform ``state`` ``(feature and covariate and 1, cell)`` in place; part of the log-determinant ``(cell,)``."""
+    known, moved = state.index_select(0, layer.inputs), state.index_select(0, layer.transformed)
+    outputs = _outputs(known, layer)
+    log_scale = outputs[0].tanh()
+    y, log_det = torch.addcmul(outputs[1], moved, log_scale.exp()), log_scale
+    if measured is not None:
+        here = measured.index_select(0, layer.transformed)
+        y, log_det = y * here, log_scale * here
+    state.index_copy_(0, layer.transformed, y)
+    return log_det.sum(0), _Tape(known, moved, log_scale)
 
 
-class _LeanAffine(torch.autograd.Function):
-    """:func:`_affine` that keeps no activations for its derivative, but computes them again for some cells at a time.
+def _flow(state: Tensor, layers: Sequence[_Layer], measured: Tensor | None) -> tuple[Tensor, list[_Tape]]:
+    """All layers in place; log-determinant ``(cell,)``."""
+    parts, tapes = zip(*(_couple(state, layer, measured) for layer in layers), strict=True)
+    return sum(parts[1:], parts[0]), list(tapes)
 
-    Written to memory and read back, activations cost more than their few multiplications in the cache: on the CPU a
-    training step takes less time this way, and a fifth of the memory.
+
+class _LeanFlow(torch.autograd.Function):
+    """:func:`_flow` whose derivative keeps no activations, and takes few steps.
+
+    Activations are computed again, for some cells at a time: written to memory and read back, they cost more than their
+    few multiplications in the cache. On the CPU a training step takes less time this way, and a fifth of the memory.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, known: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        y, log_scale = _affine(x, known, *_split(parameters))
-        ctx.save_for_backward(x, known, log_scale, *parameters)
-        return y, log_scale
+    def forward(
+        ctx: Any, state: Tensor, measured: Tensor | None, parts: Sequence[tuple[Tensor, Tensor]], *stack: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        after, ctx.parts, ctx.layers = state.clone(), parts, _unstacked(_Stack(*stack), parts)
+        log_det, tapes = _flow(after, ctx.layers, measured)
+        ctx.save_for_backward(state, measured, *stack, *(tensor for tape in tapes for tensor in tape))
+        return after, log_det
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, known, log_scale, *parameters = ctx.saved_tensors
+        state, measured, *tensors = ctx.saved_tensors
+        stack, kept = _Stack(*tensors[:3]), tensors[3:]
         if torch.is_grad_enabled():  # derivatives of this derivative are wanted
-            return _differentiable_grads([x, known, *parameters], grads)
-        scale, shift = _split(parameters)
-        grad_x = grads[0] * log_scale.exp()
-        grad_scale = torch.ops.aten.tanh_backward(torch.addcmul(grads[1], grad_x, x), log_scale)
-        grad_known = torch.zeros_like(known)
-        of_scale = _add_gradients(known, scale, grad_scale, grad_known)
-        return grad_x, grad_known, *of_scale, *_add_gradients(known, shift, grads[0], grad_known)
+            return _differentiable_grads(state, measured, ctx.parts, stack, grads)
+        grad, found = grads[0].clone(memory_format=torch.contiguous_format), _Gradients(stack)
+        for i in reversed(range(len(ctx.layers))):
+            found.add(i, grad, grads[1], ctx.layers[i], _Tape(*kept[3 * i : 3 * i + 3]), measured)
+        return grad, None, None, *found.stack()
 
 
-def _add_gradients(x: Tensor, network: _Weights, grad_output: Tensor, grad_x: Tensor) -> list[Tensor]:
-    """Derivatives after weights, then biases; that after ``x`` is added to ``grad_x``."""
-    weights, biases = network
-    of_weights, of_biases = [torch.zeros_like(w) for w in weights], [torch.zeros_like(b) for b in biases]
-    for start in range(0, x.shape[1], _CACHED):
-        cells = slice(start, start + _CACHED)
-        layers = [x[:, cells]]
-        for args in zip(weights[:-1], biases[:-1], strict=True):
-            layers.append(_hidden_layer(layers[-1], *args))
-        grad = grad_output[:, cells]
-        for i in range(len(weights) - 1, 0, -1):
-            of_weights[i].addmm_(grad, layers[i].t())
-            of_biases[i] += grad.sum(1)
-            grad = weights[i].t() @ grad
-            # of the ReLU, in place: multiplying with a mask takes twenty times as long
-            torch.ops.aten.threshold_backward.grad_input(grad, layers[i], 0, grad_input=grad)
-        of_weights[0].addmm_(grad, layers[0].t())
-        of_biases[0] += grad.sum(1)
-        grad_x[:, cells].addmm_(weights[0].t(), grad)
-    return [*of_weights, *of_biases]
+class _Gradients:
+    """Sums of the derivatives after the matrices of all layers, transposed."""
+
+    def __init__(self, stack: _Stack) -> None:
+        self.n_hidden, self.depth = stack.first.shape[2], stack.hidden.shape[1]
+        first, hidden = stack.first.flatten(1, 2), stack.hidden.flatten(0, 1)
+        self._sums = [m.new_zeros(m.mT.shape) for m in (first, hidden, stack.last)]
+        # taken apart once: the many small steps back cost little more than finding what they need
+        self._first, self._hidden, self._last = (m.unbind() for m in self._sums)
+        self._backwards = hidden[..., : self.n_hidden].mT.contiguous().unbind()
+
+    def add(
+        self, i: int, grad: Tensor, grad_log_det: Tensor, layer: _Layer, tape: _Tape, measured: Tensor | None
+    ) -> None:
+        """Go back through layer ``i``; ``grad``, the derivative after its result, becomes that after its input."""
+        grad_y, grad_scale = grad.index_select(0, layer.transformed), grad_log_det
+        if measured is not None:
+            here = measured.index_select(0, layer.transformed)
+            grad_y, grad_scale = grad_y * here, grad_scale * here
+        grad_moved = grad_y * tape.log_scale.exp()
+        slope = torch.ops.aten.tanh_backward(torch.addcmul(grad_scale, grad_moved, tape.moved), tape.log_scale)
+        grad.index_copy_(0, layer.transformed, grad_moved)
+        back = torch.stack([slope, grad_y])
+        pieces = [slice(start, start + _CACHED) for start in range(0, back.shape[2], _CACHED)]
+        of_known = [self._through_networks(i, back[..., cells], layer, tape.known[:, cells]) for cells in pieces]
+        grad.index_add_(0, layer.inputs, torch.cat(of_known, 1))
+
+    def _through_networks(self, i: int, back: Tensor, layer: _Layer, known: Tensor) -> Tensor:
+        """Derivative after the inputs ``(input, cell)`` of the networks from that after their outputs."""
+        *activations, activation = _activations(known, layer)
+        self._last[i].index_add_(2, layer.transformed, torch.bmm(activation, back.mT))
+        back = self._before_relu(layer.last[..., : self.n_hidden].mT, back, activation)
+        for k in reversed(range(self.depth)):
+            at = i * self.depth + k
+            self._hidden[at].baddbmm_(activations[k], back.mT)
+            back = self._before_relu(self._backwards[at], back, activations[k])
+        self._first[i].index_add_(0, layer.inputs, known @ back.flatten(0, 1).t())
+        return layer.first[:, : self.n_hidden].flatten(0, 1).t() @ back.flatten(0, 1)
+
+    def _before_relu(self, backwards: Tensor, back: Tensor, activation: Tensor) -> Tensor:
+        back = torch.bmm(backwards, back)
+        # in place: multiplying with a mask takes twenty times as long
+        _relu_backward(back, activation[:, : self.n_hidden], 0, grad_input=back)
+        return back
+
+    def stack(self) -> _Stack:
+        """In the shape of the matrices."""
+        first, hidden, last = (m.mT for m in self._sums)
+        return _Stack(first.unflatten(1, (2, -1)), hidden.unflatten(0, (len(first), self.depth)), last)
 
 
-def _split(parameters: Sequence[Tensor]) -> tuple[_Weights, _Weights]:
-    """The two networks, whose weights and biases follow each other."""
-    n = len(parameters) // 4
-    parts = [parameters[i : i + n] for i in range(0, 4 * n, n)]
-    return _Weights(*parts[:2]), _Weights(*parts[2:])
-
-
-def _differentiable_grads(inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """Derivatives of :func:`_affine` that can be differentiated again; None where none is wanted."""
+def _differentiable_grads(
+    state: Tensor,
+    measured: Tensor | None,
+    parts: Sequence[tuple[Tensor, Tensor]],
+    stack: _Stack,
+    grads: tuple[Tensor, ...],
+) -> tuple[Tensor | None, ...]:
+    """Derivatives of :func:`_flow` that can be differentiated again; None where none is wanted."""
+    inputs = [state, *stack]
     wanted = [i for i, tensor in enumerate(inputs) if tensor.requires_grad]
-    outputs = _affine(inputs[0], inputs[1], *_split(inputs[2:]))
-    found = torch.autograd.grad(outputs, [inputs[i] for i in wanted], grads, create_graph=True)
+    after = state.clone()
+    log_det, _ = _flow(after, _unstacked(stack, parts), measured)
+    options = {"create_graph": True, "allow_unused": True}
+    found = torch.autograd.grad((after, log_det), [inputs[i] for i in wanted], grads, **options)
     by_input = dict(zip(wanted, found, strict=True))
-    return tuple(by_input.get(i) for i in range(len(inputs)))
+    return by_input.get(0), None, None, *(by_input.get(i) for i in (1, 2, 3))
+
+
+def _transformed(
+    layers: Sequence[CouplingLayer], x: Tensor, covariates: Tensor | None, measured: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``x`` ``(feature, cell)`` after the layers, and the log-determinant ``(cell,)``."""
+    stack, parts, state = _stack(layers), [(layer.inputs, layer.transformed) for layer in layers], _state(x, covariates)
+    is_plain = torch.compiler.is_compiling() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
+    if is_plain or not torch.is_grad_enabled():
+        log_det, _ = _flow(state, _unstacked(stack, parts), measured)
+    else:
+        state, log_det = _LeanFlow.apply(state, measured, parts, *stack)
+    return state[: len(x)], log_det
+
+
+def _restored(layers: Sequence[CouplingLayer], y: Tensor, covariates: Tensor | None, measured: Tensor | None) -> Tensor:
+    """The ``x`` that :func:`_transformed` maps to ``y``."""
+    stack, parts, state = _stack(layers), [(layer.inputs, layer.transformed) for layer in layers], _state(y, covariates)
+    for layer in reversed(_unstacked(stack, parts)):
+        scale, shift = _outputs(state.index_select(0, layer.inputs), layer)
+        x = (state.index_select(0, layer.transformed) - shift) * torch.exp(-scale.tanh())
+        if measured is not None:
+            x = x * measured.index_select(0, layer.transformed)
+        state.index_copy_(0, layer.transformed, x)
+    return state[: len(y)]
+
+
+def _state(x: Tensor, covariates: Tensor | None) -> Tensor:
+    """Features, covariates and a row of ones ``(feature and covariate and 1, cell)``, new memory."""
+    ones = x.new_ones(1, x.shape[1])
+    return torch.cat([x, ones] if covariates is None else [x, covariates, ones])
 
 
 class CouplingLayer(nn.Module):
@@ -167,7 +292,8 @@ class CouplingLayer(nn.Module):
         passed = mask.nonzero().flatten()
         self.register_buffer("passed", passed, persistent=False)
         self.register_buffer("transformed", (~mask).nonzero().flatten(), persistent=False)
-        inputs = torch.cat([passed, torch.arange(n_features, n_features + n_covariates)])
+        # the row after the covariates is the constant that biases multiply
+        inputs = torch.cat([passed, torch.arange(n_features, n_features + n_covariates + 1)])
         self.register_buffer("inputs", inputs, persistent=False)
 
     def forward(
@@ -184,19 +310,7 @@ class CouplingLayer(nn.Module):
         measured
             1 for features to transform and 0 for others, which are 0 and stay so, ``(feature, cell)``.
         """
-        known, scale, shift = self._networks(x, covariates)
-        changed = x.index_select(0, self.transformed)
-        is_plain = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or x.device.type != "cpu"
-        if is_plain or not torch.is_grad_enabled():
-            y, log_scale = _affine(changed, known, scale, shift)
-        else:
-            y, log_scale = _LeanAffine.apply(
-                changed, known, *scale.weights, *scale.biases, *shift.weights, *shift.biases
-            )
-        if measured is not None:
-            here = measured.index_select(0, self.transformed)
-            y, log_scale = y * here, log_scale * here
-        return x.index_copy(0, self.transformed, y), log_scale.sum(0)
+        return _transformed([self], x, covariates, measured)
 
     def inverse(self, y: Tensor, covariates: Tensor | None = None, measured: Tensor | None = None) -> Tensor:
         """The ``x`` that :meth:`forward` maps to ``y``.
@@ -208,20 +322,7 @@ class CouplingLayer(nn.Module):
         covariates, measured
             As in :meth:`forward`.
         """
-        known, scale, shift = self._networks(y, covariates)
-        log_scale, moved = _output(known, scale).tanh(), y.index_select(0, self.transformed)
-        x = (moved - _output(known, shift)) * torch.exp(-log_scale)
-        if measured is not None:
-            x = x * measured.index_select(0, self.transformed)
-        return y.index_copy(0, self.transformed, x)
-
-    def _networks(self, x: Tensor, covariates: Tensor | None) -> tuple[Tensor, _Weights, _Weights]:
-        """Inputs of the networks ``(feature and covariate, cell)``, and the networks of scale and shift."""
-        known = x.index_select(0, self.passed)
-        if covariates is not None:
-            known = torch.cat([known, covariates])
-        scale = _chosen(self.sfun, self.inputs, self.transformed)
-        return known, scale, _chosen(self.tfun, self.inputs, self.transformed)
+        return _restored([self], y, covariates, measured)
 
 
 class CouplingFlow(nn.Module):
@@ -284,10 +385,7 @@ class CouplingFlow(nn.Module):
             stays 0, is not seen as a value by any network, and the map is one of the measured features among themselves.
         """
         given, there = self._given(covariates, len(x)), _transposed(measured, x)
-        u, log_det = x.t(), x.new_zeros(len(x))
-        for layer in self._active_layers():
-            u, part = layer(u, given, there)
-            log_det = log_det + part
+        u, log_det = _transformed(self._active_layers(), x.t(), given, there)
         return u.t(), log_det
 
     def inverse(self, u: Tensor, covariates: Tensor | None = None, measured: Tensor | None = None) -> Tensor:
@@ -301,10 +399,7 @@ class CouplingFlow(nn.Module):
             As in :meth:`forward`.
         """
         given, there = self._given(covariates, len(u)), _transposed(measured, u)
-        x = u.t()
-        for layer in reversed(self._active_layers()):
-            x = layer.inverse(x, given, there)
-        return x.t()
+        return _restored(self._active_layers(), u.t(), given, there).t()
 
     def _layers(self) -> list[CouplingLayer]:
         return list(cast("Iterable[CouplingLayer]", self.module_list))

@@ -213,23 +213,38 @@ class CellweaveTrainingPlan(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Log the means over the training cells, the learning rate and the speed."""
         self._log_epoch("train")
-        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.log("lr", lr)
-        self.history.add("lr", self.current_epoch, lr)
         now = time.monotonic()
         if self.n_obs_training:
             speed = self.n_obs_training / max(now - self._epoch_start, 1e-9)
-            self.log("cells/s", float(round(speed)), prog_bar=True, logger=False)
+            self.trainer.progress_bar_metrics["cells/s"] = float(round(speed))
         self._epoch_start = now
 
     def _log_epoch(self, split: Split, keep: bool = True) -> None:
         means = self._means[split]
-        if means:
-            for name, value in means.compute(self._across_processes).items():
-                self.log(name, value, prog_bar=name.endswith("_loss") and name.startswith(split))
-                if keep:
-                    self.history.add(name, self.current_epoch, value)
+        values = means.compute(self._across_processes) if means else {}
         means.reset()
+        if split == "train":
+            values["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self._announce(values, f"{split}_loss")
+        if keep:
+            for name, value in values.items():
+                self.history.add(name, self.current_epoch, value)
+            for logger in self.trainer.loggers:
+                logger.log_metrics({**values, "epoch": self.current_epoch}, max(self.global_step - 1, 0))
+                logger.save()
+
+    def _announce(self, values: dict[str, float], in_progress_bar: str) -> None:
+        """Where callbacks and the progress bar look.
+
+        ``log`` does the same, but reduces values over batches and processes first; these are reduced, and on a few cells it
+        takes longer than an optimiser step.
+        """
+        trainer = self.trainer
+        tensors = {name: torch.tensor(value, device=self.device) for name, value in values.items()}
+        trainer.callback_metrics.update(tensors)
+        trainer.logged_metrics.update(tensors)
+        if in_progress_bar in values:
+            trainer.progress_bar_metrics[in_progress_bar] = values[in_progress_bar]
 
     def _across_processes(self, values: Tensor) -> Tensor:
         """Average over processes; the same in all of them."""

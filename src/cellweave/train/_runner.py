@@ -91,9 +91,10 @@ class CellweaveTrainRunner(TrainRunner):
             self.data_splitter.data_loader_kwargs["distributed_sampler"] = True
 
     def _train_without_validation(self) -> None:
-        """Take early stopping back where the split left no validation cells, as it does of a few cells."""
+        """Skip validation, and take early stopping back, where the split left no validation cells, as of a few cells."""
         if getattr(self.data_splitter, "n_val", 1):
             return
+        self.trainer.limit_val_batches = 0
         stopping = [c for c in self.trainer.callbacks if isinstance(c, EarlyStopping) and "validation" in c.monitor]
         if stopping:
             warnings.warn(
@@ -165,8 +166,8 @@ class CellweaveTrainRunner(TrainRunner):
         for name, rows in (("train", "train_idx"), ("validation", "val_idx"), ("test", "test_idx")):
             setattr(self.model, f"{name}_indices", getattr(self.data_splitter, rows, None))
         self.model.module.eval()
-        gc.collect()
         if torch.cuda.is_available():
+            gc.collect()  # what cycles still hold of the memory of the device
             torch.cuda.empty_cache()
 
     def _history(self) -> dict[str, Any]:
