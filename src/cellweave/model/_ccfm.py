@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from cellweave.data import FeatureEncoder, Pairing, PairSplitter, make_encoder
 from cellweave.flow import TimeMode
-from cellweave.module import CascadedFlowModule, FlowOrigin, NoiseKind, Stage1Input
+from cellweave.module import CascadedFlowModule, FlowLayout, FlowOrigin, NoiseKind, Stage1Input
 from cellweave.train import CellweaveTrainRunner, ExponentialMovingAverage
 
 from ._base import CellweaveModel
 from ._ccfm_anchors import anchor_table
 from ._ccfm_calibration import CalibrationMixin, held_out_groups
+from ._ccfm_import import FlowImportMixin
 from ._ccfm_prediction import FlowPredictionMixin
 from ._ccfm_representation import FlowRepresentationMixin
 from ._ccfm_screen import ScreenMixin, check_representations
@@ -29,12 +30,15 @@ __all__ = ["CascadedFlowModel"]
 
 # Steps of an epoch: between two points of a curve, two validations, two looks at the clock of checkpoints.
 _STEPS_PER_EPOCH = 50
+# Heads of the interaction along the gene graph in the published network, whatever its other heads.
+_SCDFM_HEADS = 8
 
 
 class CascadedFlowModel(
     FlowPredictionMixin,
     FlowRepresentationMixin,
     CalibrationMixin,
+    FlowImportMixin,
     ScreenMixin,
     PerturbationSetupMixin,
     CellweaveModel,
@@ -100,8 +104,10 @@ class CascadedFlowModel(
         Share of cells whose perturbation is hidden in training, which ``guidance_scale`` needs.
     dropout
         Dropout rate while training.
-    pad_with_control
-        Single perturbations are the mean of their token and the token ``control``, as published.
+    layout
+        ``"scdfm"`` is the published single-stream network with its own order of sums, adapters that replace the stream, single
+        perturbations as the mean of their token and the token ``control``, and 8 heads along the gene graph, whatever the other
+        arguments say; its checkpoints need it.
 
     Examples
     --------
@@ -150,10 +156,11 @@ class CascadedFlowModel(
         adapter_residual: bool = True,
         condition_dropout: float = 0.1,
         dropout: float = 0.1,
-        pad_with_control: bool = False,
+        layout: FlowLayout = "ccfm",
     ) -> None:
         super().__init__(adata, registry)
-        self._pad_with_control = pad_with_control
+        is_scdfm = layout == "scdfm"
+        self._pad_with_control = is_scdfm
         study = None
         if adata is not None:
             reps = None if perturbation_reps is None else check_representations(perturbation_reps, self._names)
@@ -175,17 +182,20 @@ class CascadedFlowModel(
             bottleneck_dim=bottleneck_dim,
             decoder_depth=decoder_depth,
             dropout=dropout,
-            adapter_residual=adapter_residual,
+            adapter_residual=adapter_residual and not is_scdfm,
+            layout=layout,
+            encoder_heads=_SCDFM_HEADS if is_scdfm else None,
+            perturbation_head=is_scdfm,
             start=start,
             start_noise=start_noise,
             time_mode=time_mode,
             choose_latent_p=choose_latent_p,
-            latent_noise=latent_noise,
+            latent_noise=0.0 if is_scdfm else latent_noise,
             latent_weight=latent_weight,
             mmd_weight=mmd_weight,
             noise=noise,
             stage1_expression_input=stage1_expression_input,
-            condition_dropout=condition_dropout,
+            condition_dropout=0.0 if is_scdfm else condition_dropout,
         )
         self.module.tell_more(
             described=tuple(facts["reps"]) if facts["reps"][0] else None,

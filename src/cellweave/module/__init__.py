@@ -4,7 +4,7 @@ from ._ccfm import CascadedFlowModule, FlowOrigin, NoiseKind
 from ._ccfm_anchor import AnchorTable
 from ._ccfm_draws import FlowDraws, evaluating
 from ._ccfm_inversion import embed_cells, invert_flow
-from ._ccfm_network import NOTHING, UNKNOWN, TwoStreamNetwork
+from ._ccfm_network import NOTHING, UNKNOWN, FlowLayout, TwoStreamNetwork
 from ._ccfm_sampling import CascadeSampler, FlowSample, FlowSolver, FlowStart, Stage1Input
 from ._scyan import ScyanAnnotation, ScyanModule
 from ._scyan_ensemble import ScyanEnsemble
@@ -17,6 +17,7 @@ __all__ = [
     "CascadeSampler",
     "CascadedFlowModule",
     "FlowDraws",
+    "FlowLayout",
     "FlowOrigin",
     "NoiseKind",
     "Stage1Input",
