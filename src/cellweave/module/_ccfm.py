@@ -56,7 +56,9 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
 
     With ``start="control"`` the expression flows from the control cell, moved by the change that a simple prediction
     expects (the anchor), instead of from noise. The velocity is zero before training, so that an untrained model is the
-    simple prediction, and training learns what it leaves.
+    simple prediction, and training learns what it leaves. The network then reads what the cells of a context share (the
+    reference), not the cell: from the start and a later point of a straight path the velocity could be computed, and a
+    network that knows both learns that rule, which multiplies its errors when the flow is followed.
 
     Parameters
     ----------
@@ -255,6 +257,7 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
             "control": tensors[FLOW_KEYS.CONTROL],
             "genes": tensors[FLOW_KEYS.GENES],
             "anchor": tensors.get(FLOW_KEYS.ANCHOR),
+            "reference": tensors.get(FLOW_KEYS.REFERENCE),
             "latent": tensors.get(FLOW_KEYS.LATENT),
             "has_latent": tensors.get(FLOW_KEYS.HAS_LATENT),
             "draws": self.draw(tensors),
@@ -270,12 +273,14 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
         latent: Tensor | None = None,
         has_latent: Tensor | None = None,
         anchor: Tensor | None = None,
+        reference: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Points on the paths of both streams, and the velocities there.
 
         Returns
         -------
-        ``target``, ``control``, ``x_t``, ``u_expr`` ``(cell, gene)`` and ``genes`` ``(gene,)`` of the genes of this step;
+        ``target``, ``x_t``, ``u_expr``, and what the network reads as ``control`` and ``anchor`` (the reference where there
+        is one), all ``(cell, gene)``, and ``genes`` ``(gene,)`` of the genes of this step;
         the four fields of :class:`~cellweave.flow.FlowTimes` and ``hidden`` ``(cell,)``; with features ``z_t`` and
         ``u_latent`` of their shape.
         """
@@ -289,7 +294,9 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
             x_t = torch.where((times.w_expr == 0)[:, None], control, x_t)
         out = {"target": x, "control": control, "genes": genes, "x_t": x_t, "u_expr": path.velocity}
         out |= {**times._asdict(), "hidden": draws.hidden.to(x.device)}
-        if anchor is not None:
+        if reference is not None:
+            _, out["anchor"] = take(reference, keep, -1).to(x).unbind(1)
+        elif anchor is not None:
             out["anchor"] = anchor
         if latent is not None and draws.latent is not None:
             per_gene = self.latent_level == "gene"
@@ -437,6 +444,7 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
         how: FlowSolver | None = None,
         stage1_expression_input: Stage1Input | None = None,
         anchor: Tensor | None = None,
+        reference: Tensor | None = None,
     ) -> FlowSample:
         """Cells after a perturbation, and their features; without dropout, whatever the mode.
 
@@ -456,12 +464,15 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
             Another input than in training; the seed of this model trains with ``"noise"`` and samples with ``"control"``.
         anchor
             Expected change of the control cells ``(cell, gene)`` with which the flows start, for the network to read.
+        reference
+            What the network reads instead of the control cells and their anchor ``(cell or 1, 2, gene)``, as in training.
         """
         # not `auto_move_data`, which would also move the times of the solver: not every device has float64
         device = self.p_mask_embed.device
-        latent, gate, anchor = (None if a is None else a.to(device) for a in (start.latent, start.gate, anchor))
+        latent, gate = (None if a is None else a.to(device) for a in (start.latent, start.gate))
+        anchor, reference = (None if a is None else a.to(device) for a in (anchor, reference))
         begin = FlowStart(start.expression.to(device), latent, gate)
         with evaluating(self):
-            sampler = CascadeSampler(self, genes.to(device), control.to(device), anchor)
+            sampler = CascadeSampler(self, genes.to(device), control.to(device), anchor, reference)
             stage1 = stage1_expression_input or self.stage1_expression_input
             return sampler.generate(perturbation.to(device), begin, how or FlowSolver(), stage1)
