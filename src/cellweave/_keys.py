@@ -46,6 +46,7 @@ class _FlowKeys(NamedTuple):
 
     CONTROL: str = "control"  # float (cell, gene): expression of the control cell paired with each cell
     PERTURBATION: str = "perturbation"  # int64 (cell, slot): tokens or labels of the perturbation, negative for none
+    REFERENCE: str = "reference"  # float (cell, 2, gene): mean of the context's control cells, and its expected change
     GENES: str = "genes"  # int64 (gene,): token of every gene
     LATENT: str = "latent"  # float (cell, gene, latent) or (cell, latent): features of the perturbed cell
     HAS_LATENT: str = "has_latent"  # bool (gene,) or (cell, gene): false for genes without features

@@ -342,3 +342,138 @@ def test_bad_options_are_refused(options, message):
     """Protects from a failure deep in torch, or from an option that does nothing."""
     with pytest.raises(ValueError, match=message):
         _module(**options)
+
+
+# ---------------------------------------------------------------------------------------------------- from control cells
+
+
+def _anchored(n_latent=0, **options):
+    return _module(n_latent, start="control", **options)
+
+
+def _anchor(n_cells=N_CELLS):
+    return _random(n_cells, N_GENES, seed=6)
+
+
+def _reference(n_cells=N_CELLS):
+    return _random(1, 2, N_GENES, seed=8).expand(n_cells, -1, -1)
+
+
+@pytest.mark.parametrize("n_latent", [0, 3])
+@pytest.mark.parametrize("with_anchor", [False, True])
+def test_an_untrained_flow_is_the_simple_prediction(n_latent, with_anchor):
+    """Protects the anchor: before training, cells are exactly their control cells plus the expected change."""
+    module, batch = _anchored(n_latent, spread=False), _batch(n_latent)
+    control, anchor = batch[FLOW_KEYS.CONTROL], _anchor() if with_anchor else None
+    start = module.draw_start(control, torch.arange(N_CELLS), 0, anchor)
+    sample = module.sample(batch[FLOW_KEYS.GENES], control, batch[FLOW_KEYS.PERTURBATION], start, anchor=anchor)
+    torch.testing.assert_close(sample.expression, control if anchor is None else control + anchor, rtol=0, atol=0)
+
+
+def test_start_noise_has_its_size():
+    """Protects the option: the start spreads around the shifted control cell as far as it says, the same in any batch."""
+    module, control = _anchored(start_noise=0.3), torch.zeros(200, N_GENES)
+    noise = module.draw_start(control, torch.arange(200), 0).expression
+    assert noise.std() == pytest.approx(0.3, abs=0.02)
+    torch.testing.assert_close(module.draw_start(control[:1], torch.tensor([7]), 0).expression[0], noise[7])
+
+
+def test_training_and_sampling_start_alike():
+    """Protects from a mismatch: at the time 0 a training path is where sampling starts."""
+    module, batch = _anchored().eval(), _batch(0) | {FLOW_KEYS.ANCHOR: _anchor()}
+    inputs = module._get_inference_input(batch)
+    times = inputs["draws"].times._replace(t_expr=torch.zeros(N_CELLS))
+    out = module.inference(**(inputs | {"draws": inputs["draws"]._replace(times=times)}))
+    start = module.draw_start(batch[FLOW_KEYS.CONTROL], torch.arange(N_CELLS), 0, batch[FLOW_KEYS.ANCHOR])
+    torch.testing.assert_close(out["x_t"], start.expression)
+    torch.testing.assert_close(out["u_expr"], batch[REGISTRY_KEYS.X] - start.expression)
+
+
+def test_the_reference_hides_the_cell():
+    """Protects from the trivial velocity: beside a reference the network sees the cell in its own path only."""
+    module, batch = _anchored(), _batch(0) | {FLOW_KEYS.ANCHOR: _anchor(), FLOW_KEYS.REFERENCE: _reference()}
+    x = _random(N_CELLS, N_GENES, seed=4)
+
+    def velocity(control):
+        changed = batch | {FLOW_KEYS.CONTROL: control}
+        inputs = module._get_generative_input(changed, module.inference(**module._get_inference_input(changed)))
+        return module.generative(**(inputs | {"x_t": x}))["v_expr"]
+
+    first, second = velocity(batch[FLOW_KEYS.CONTROL]), velocity(batch[FLOW_KEYS.CONTROL] + 1)
+    assert torch.equal(first, second)
+    genes = batch[FLOW_KEYS.GENES]
+    effect = module.read_perturbation(module.read_tokens(genes, batch[FLOW_KEYS.PERTURBATION])[1])
+    sampler = CascadeSampler(module, genes, batch[FLOW_KEYS.CONTROL], batch[FLOW_KEYS.ANCHOR], _reference()[:1])
+    inputs = module._get_inference_input(batch)
+    times = inputs["draws"].times._replace(t_expr=torch.full((N_CELLS,), 0.3), t_latent=torch.ones(N_CELLS))
+    flow = module.inference(**(inputs | {"draws": inputs["draws"]._replace(times=times)}))
+    trained = module.generative(**(module._get_generative_input(batch, flow) | {"x_t": x}))["v_expr"]
+    with torch.no_grad():
+        torch.testing.assert_close(sampler.expression_velocity(None, effect, Guidance())(0.3, x), trained)
+
+
+def test_the_network_reads_the_anchor():
+    """Protects the use of the anchor: another expected change gives another velocity, and none is a change of zero."""
+    module, batch = _anchored(), _batch(0)
+    inputs = {"control": batch[FLOW_KEYS.CONTROL], "genes": batch[FLOW_KEYS.GENES], "t_expr": torch.ones(N_CELLS)}
+    inputs |= {"perturbation": batch[FLOW_KEYS.PERTURBATION], "x_t": _random(N_CELLS, N_GENES, seed=4)}
+    none, zero, some = (
+        module.generative(**inputs, anchor=a)["v_expr"] for a in (None, torch.zeros(N_CELLS, N_GENES), _anchor())
+    )
+    assert torch.equal(none, zero)
+    assert not torch.allclose(none, some, atol=1e-3)
+
+
+@pytest.mark.parametrize("n_latent", [0, 3])
+def test_every_parameter_learns_from_control_cells(n_latent):
+    """Protects training from control cells: the encoder of the anchor and the zero gate have gradients too."""
+    module = _anchored(n_latent, zero_gate=True).train()
+    output, _, _ = _step(module, _batch(n_latent) | {FLOW_KEYS.ANCHOR: _anchor()})
+    output.loss.backward()
+    assert torch.isfinite(output.loss)
+    assert [name for name, parameter in module.named_parameters() if parameter.grad is None] == []
+
+
+def test_gene_subset_keeps_anchor_and_reference_in_step():
+    """Protects training on some genes: anchor and reference are those of the same genes."""
+    module = _anchored(n_genes_per_step=4).train()
+    batch = _batch(0) | {FLOW_KEYS.ANCHOR: _anchor(), FLOW_KEYS.REFERENCE: _reference()}
+    out = module.inference(**module._get_inference_input(batch))
+    places = out["genes"] - 4
+    assert torch.equal(out["control"], _reference()[:, 0, places])
+    assert torch.equal(out["anchor"], _reference()[:, 1, places])
+    start = batch[FLOW_KEYS.CONTROL] + batch[FLOW_KEYS.ANCHOR]
+    torch.testing.assert_close(out["u_expr"], (batch[REGISTRY_KEYS.X] - start)[:, places])
+
+
+def test_zero_gate_makes_the_zeros_it_learned():
+    """Protects the gate: genes that are always or never zero become so, in any company, and the loss knows the data."""
+    module, batch = _module(0, zero_gate=True), _batch(0)
+    gate = module.gate_layer.fc
+    torch.nn.init.zeros_(gate[-1].weight)
+    for logit, share in ((30.0, 1.0), (-30.0, 0.0), (0.0, 0.5)):
+        torch.nn.init.constant_(gate[-1].bias, logit)
+        zeros = (_sample(module).expression == 0).float().mean()
+        assert zeros == pytest.approx(share, abs=0.25 * (share == 0.5))
+    together = _sample(module).expression
+    torch.testing.assert_close(_sample(module, [3, 1]).expression, together[[3, 1]], rtol=1e-5, atol=1e-5)
+    batch[REGISTRY_KEYS.X] = torch.zeros(N_CELLS, N_GENES)
+    output, _, _ = _step(module, batch)
+    assert float(output.extra_metrics["zero_loss"]) == pytest.approx(0.6931, abs=1e-3)
+    torch.nn.init.constant_(gate[-1].bias, 5.0)
+    assert float(_step(module, batch)[0].extra_metrics["zero_loss"]) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start": "cell"}, "`start` must be 'noise' or 'control', got 'cell'"),
+        ({"start_noise": 0.5}, "`start_noise`=0.5 needs `start`='control'"),
+        ({"start": "control", "start_noise": -1.0}, "`start_noise` must not be negative, got -1.0"),
+        ({"start": "control", "noise": "poisson"}, "`noise`='poisson' does not go with `start`='control'"),
+    ],
+)
+def test_bad_starts_are_refused(options, message):
+    """Protects from starts that contradict each other."""
+    with pytest.raises(ValueError, match=message):
+        _module(**options)

@@ -43,7 +43,7 @@ FlowOrigin = Literal["noise", "control"]
 _EXPRESSION, _LATENT, _GATE, _MOVE, _MOVED = range(5)
 
 
-class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
+class CascadedFlowModule(FlowGeneration, TwoStreamNetwork, BaseModuleClass):
     r"""Cascaded flow matching for perturbed cells.
 
     Two streams flow from noise at the time 0 to data at the time 1: the expression of a perturbed cell and features of
@@ -56,7 +56,9 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
 
     With ``start="control"`` the expression flows from the control cell, moved by the change that a simple prediction
     expects (the anchor), instead of from noise. The velocity is zero before training, so that an untrained model is the
-    simple prediction, and training learns what it leaves.
+    simple prediction, and training learns what it leaves. The network then reads what the cells of a context share (the
+    reference), not the cell: from the start and a later point of a straight path the velocity could be computed, and a
+    network that knows both learns that rule, which multiplies its errors when the flow is followed.
 
     Parameters
     ----------
@@ -262,6 +264,7 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
             "genes": tensors[FLOW_KEYS.GENES],
             "anchor": tensors.get(FLOW_KEYS.ANCHOR),
             "transport": tensors.get(FLOW_KEYS.TRANSPORT),
+            "reference": tensors.get(FLOW_KEYS.REFERENCE),
             "latent": tensors.get(FLOW_KEYS.LATENT),
             "has_latent": tensors.get(FLOW_KEYS.HAS_LATENT),
             "draws": self.draw(tensors),
@@ -278,12 +281,14 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
         has_latent: Tensor | None = None,
         anchor: Tensor | None = None,
         transport: Tensor | None = None,
+        reference: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Points on the paths of both streams, and the velocities there.
 
         Returns
         -------
-        ``target``, ``control``, ``x_t``, ``u_expr`` ``(cell, gene)`` and ``genes`` ``(gene,)`` of the genes of this step;
+        ``target``, ``x_t``, ``u_expr``, and what the network reads as ``control`` and ``anchor`` (the reference where there
+        is one), all ``(cell, gene)``, and ``genes`` ``(gene,)`` of the genes of this step;
         the four fields of :class:`~cellweave.flow.FlowTimes` and ``hidden`` ``(cell,)``; with features ``z_t`` and
         ``u_latent`` of their shape.
         """
@@ -300,7 +305,9 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
             x_t = torch.where((times.w_expr == 0)[:, None], control, x_t)
         out = {"target": x, "control": control, "genes": genes, "x_t": x_t, "u_expr": path.velocity}
         out |= {**times._asdict(), "hidden": draws.hidden.to(x.device)}
-        if anchor is not None:
+        if reference is not None:
+            _, out["anchor"] = take(reference, keep, -1).to(x).unbind(1)
+        elif anchor is not None:
             out["anchor"] = anchor
         if latent is not None and draws.latent is not None:
             per_gene = self.latent_level == "gene"
@@ -406,103 +413,3 @@ class CascadedFlowModule(TwoStreamNetwork, BaseModuleClass):
             n_obs_minibatch=tensors.get(LOADER_KEYS.N_VALID, len(v_expr)),
             extra_metrics={name: value.detach() for name, value in terms.items()},
         )
-
-    # ---------------------------------------------------------------- sampling
-
-    def draw_start(self, control: Tensor, cells: Tensor, seed: int, anchor: Tensor | None = None) -> FlowStart:
-        """Where the flows of cells start; its noise belongs to the number of a cell, not to its place in a batch.
-
-        Parameters
-        ----------
-        control
-            Expression of the control cells ``(cell, gene)``.
-        cells
-            Number of every cell ``(cell,)``.
-        seed
-            Seed of all cells.
-        anchor
-            Expected change of the control cells ``(cell, gene)`` or ``(gene,)``; read where flows start from control cells.
-        """
-        n_genes = control.shape[1]
-        if self.noise == "poisson":
-            rate = poisson_rate(control, self.noise_target_sum)
-            noise = poisson_noise(rate, cells, seed, _EXPRESSION)
-        elif self.start == "control" and not self.start_noise:
-            noise = torch.zeros(control.shape)  # nothing is drawn where noise has no share
-        else:
-            noise = gaussian_noise((n_genes,), cells, seed, _EXPRESSION)
-        gate = None if self.gate_layer is None else cell_uniform((n_genes,), cells, seed, _GATE).to(control)
-        latent = None
-        if self.n_latent:
-            shape = (n_genes, self.n_latent) if self.latent_level == "gene" else (self.n_latent,)
-            latent = gaussian_noise(shape, cells, seed, _LATENT).to(control)
-        return FlowStart(self._begin(control, anchor, noise.to(control)), latent, gate)
-
-    def draw_change(self, control: Tensor, transport: Tensor, cells: Tensor, seed: int) -> Tensor:
-        """Expected change of control cells ``(cell, gene)``: the anchor of :meth:`draw_start` and :meth:`sample`.
-
-        Parameters
-        ----------
-        control
-            Expression of the control cells ``(cell, gene)``.
-        transport
-            How they are expected to move ``(cell, 4, gene)``, see :class:`~cellweave.flow.Transport`.
-        cells
-            Number of every cell ``(cell,)``.
-        seed
-            Seed of all cells.
-        """
-        shape = (control.shape[1],)
-        uniform, normal = cell_uniform(shape, cells, seed, _MOVE), gaussian_noise(shape, cells, seed, _MOVED)
-        return expected_change(control, transport, uniform, normal)
-
-    def _begin(self, control: Tensor, anchor: Tensor | None, noise: Tensor) -> Tensor:
-        """Start of the expression ``(cell, gene)``."""
-        if self.start == "noise":
-            return noise
-        start = control + self.start_noise * noise if self.start_noise else control
-        return start if anchor is None else start + anchor
-
-    @torch.no_grad()
-    def sample(
-        self,
-        genes: Tensor,
-        control: Tensor,
-        perturbation: Tensor,
-        start: FlowStart,
-        how: FlowSolver | None = None,
-        stage1_expression_input: Stage1Input | None = None,
-        anchor: Tensor | None = None,
-        dose: Tensor | None = None,
-        covariates: Tensor | None = None,
-    ) -> FlowSample:
-        """Cells after a perturbation, and their features; without dropout, whatever the mode.
-
-        Parameters
-        ----------
-        genes
-            Token of every gene ``(gene,)``.
-        control
-            Expression of the control cells ``(cell, gene)``.
-        perturbation
-            Tokens or labels ``(cell or 1, slot)``; one row, where all cells share it, is faster.
-        start
-            Where the flows start, see :meth:`draw_start`.
-        how
-            Solver, times and guidance; ten midpoint steps per stage by default.
-        stage1_expression_input
-            Another input than in training; the seed of this model trains with ``"noise"`` and samples with ``"control"``.
-        anchor
-            Expected change of the control cells ``(cell, gene)`` with which the flows start, for the network to read.
-        dose, covariates
-            See :meth:`TwoStreamNetwork.read_tokens`.
-        """
-        # not `auto_move_data`, which would also move the times of the solver: not every device has float64
-        device = self.p_mask_embed.device
-        latent, gate, anchor = (None if a is None else a.to(device) for a in (start.latent, start.gate, anchor))
-        begin = FlowStart(start.expression.to(device), latent, gate)
-        with evaluating(self):
-            sampler = CascadeSampler(self, genes.to(device), control.to(device), anchor)
-            stage1 = stage1_expression_input or self.stage1_expression_input
-            told = [None if a is None else a.to(device) for a in (dose, covariates)]
-            return sampler.generate(perturbation.to(device), begin, how or FlowSolver(), stage1, *told)

@@ -56,11 +56,22 @@ class CascadeSampler:
         Expression of the control cells ``(cell, gene)``.
     anchor
         Expected change of the control cells ``(cell, gene)``; none by default.
+    reference
+        What the network reads instead of both ``(cell or 1, 2, gene)``; none by default.
     """
 
-    def __init__(self, network: TwoStreamNetwork, genes: Tensor, control: Tensor, anchor: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        network: TwoStreamNetwork,
+        genes: Tensor,
+        control: Tensor,
+        anchor: Tensor | None = None,
+        reference: Tensor | None = None,
+    ) -> None:
         self.network, self.genes, self.expression = network, genes, control
         none = torch.full((1, 1), -1, device=genes.device)
+        if reference is not None:
+            control, anchor = reference.expand(len(control), -1, -1).unbind(1)
         self.control: ControlConstants = network.read_control(network.read_tokens(genes, none)[0], control, anchor)
 
     def generate(
