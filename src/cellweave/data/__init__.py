@@ -26,7 +26,7 @@ from ._gene_graph import coexpression, coexpression_mask, pad_mask, top_k_mask
 from ._genes import align_genes, match_genes
 from ._loader import CellSetDataset, CellSetLoader, gene_shares
 from ._pair_sampler import CellPairs, PairSampler
-from ._pairs import PairDataset, Pairing, PairLoader, PairSplitter, PairTables, pair_within_sets
+from ._pairs import GroupStarts, PairDataset, Pairing, PairLoader, PairSplitter, PairTables, pair_within_sets
 from ._rows import DiskRows, Rows, as_csr, row_source
 from ._sampler import CellSetSampler, Contexts, draw_contexts
 from ._screen import Screen, context_names, parse_doses
@@ -48,6 +48,7 @@ from ._validate_markers import check_intensities, check_measured, find_markers
 
 # `CellStore` is public as `cellweave.io.CellStore`; a class can have one place in the API reference only.
 __all__ = [
+    "GroupStarts",
     "CellPairs",
     "PairSampler",
     "PairDataset",

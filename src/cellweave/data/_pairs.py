@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +25,17 @@ from ._pair_sampler import CellPairs, PairSampler
 from ._screen import Screen
 from ._splitter import _check_sizes
 
-__all__ = ["PairDataset", "PairLoader", "PairSplitter", "PairTables", "Pairing", "pair_within_sets"]
+__all__ = ["GroupStarts", "PairDataset", "PairLoader", "PairSplitter", "PairTables", "Pairing", "pair_within_sets"]
 
 Pairing = Literal["random", "ot"]
+
+
+class GroupStarts(NamedTuple):
+    """Where the flows of control cells start, looked up by group."""
+
+    transport: NDArray[np.float32]  # (row, 4, gene): how control cells are expected to move
+    reference: NDArray[np.float32]  # (row, 2, gene): mean of the context's control cells, and its expected change
+    row: NDArray[np.int64]  # (group,)
 
 
 @dataclass(frozen=True)
@@ -44,8 +52,8 @@ class PairTables:
         Tokens of every treatment ``(treatment, slot)``, -1 where there is none.
     doses
         Their doses ``(treatment, slot)``; None without doses.
-    anchors
-        Expected transports of groups ``(row, 4, gene)`` and the row of every group ``(group,)``; None without.
+    starts
+        Where the flows of groups start; None where they start from noise.
     features
         Gives the features of rows, ``(cell, latent)`` or ``(cell, gene, latent)``; None without.
     has_features
@@ -56,7 +64,7 @@ class PairTables:
     genes: NDArray[np.int64]
     tokens: NDArray[np.int64]
     doses: NDArray[np.float32] | None = None
-    anchors: tuple[NDArray[np.float32], NDArray[np.int64]] | None = None
+    starts: GroupStarts | None = None
     features: Callable[[NDArray[np.int64]], NDArray[np.float32]] | None = None
     has_features: NDArray[np.bool_] | None = None
 
@@ -114,9 +122,10 @@ class PairDataset(CellSetDataset):
         }
         if tables.doses is not None:
             batch[FLOW_KEYS.DOSE] = torch.from_numpy(tables.doses[treatment])
-        if tables.anchors is not None:
-            transports, row = tables.anchors
-            batch[FLOW_KEYS.TRANSPORT] = torch.from_numpy(transports[row[group]])
+        if tables.starts is not None:
+            row = tables.starts.row[group]
+            batch[FLOW_KEYS.TRANSPORT] = torch.from_numpy(tables.starts.transport[row])
+            batch[FLOW_KEYS.REFERENCE] = torch.from_numpy(tables.starts.reference[row])
         if tables.features is not None:
             batch[FLOW_KEYS.LATENT] = torch.from_numpy(tables.features(rows))
             if tables.has_features is not None:

@@ -10,16 +10,17 @@ import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 from scvi import settings
+from sklearn.decomposition import PCA
 
-from cellweave.data import Screen, row_source
+from cellweave.data import GroupStarts, Screen, row_source
 from cellweave.flow import expected_transport
 from cellweave.module import AnchorTable
 from cellweave.stats import ANCHORS, AnchorRule, Evidence, ShiftTable, choose_anchors, expected_shift, with_contexts
 
 __all__ = ["AnchorMixin", "Means", "anchor_table", "study_anchors"]
 
-# Parts of the control cells, of which each is once what predictions are compared with.
-_N_FOLDS = 5
+# Simple predictions are compared in this many principal components of at most this many training cells.
+_N_COMPONENTS, _PCA_CELLS = 50, 4096
 
 # Shifts of expression and of detection rates.
 Means = tuple[Evidence, Evidence]
@@ -41,8 +42,10 @@ class AnchorMixin:
             "control_count": expression.table.control_count,
             "shift": expression.table.shift[observed],
             "detection_shift": detection.table.shift[observed],
-            "noise": np.nan_to_num(expression.noise[observed]),
-            "detection_noise": np.nan_to_num(detection.noise[observed]),
+            "variance": expression.variance[observed],
+            "detection_variance": detection.variance[observed],
+            "control_variance": np.nan_to_num(expression.control_variance),
+            "detection_control_variance": np.nan_to_num(detection.control_variance),
             "count": expression.table.count[observed],
             "context": observed[0],
             "condition": observed[1],
@@ -70,37 +73,41 @@ class AnchorMixin:
         count[place] = kept["count"]
         n_control = kept["control_count"]
 
-        def evidence(mean: str, change: str, chance: str) -> Evidence:
-            shift, noise = np.full((*shape, len(genes)), np.nan), np.full(shape, np.nan)
-            shift[place], noise[place] = kept[change], kept[chance]
+        def evidence(mean: str, change: str, prefix: str) -> Evidence:
+            shift, variance = np.full((*shape, len(genes)), np.nan), np.full((*shape, len(genes)), np.nan)
+            shift[place], variance[place] = kept[change], kept[f"{prefix}variance"]
             control = np.where(n_control[:, None] > 0, kept[mean].astype(np.float64), np.nan)
-            return Evidence(ShiftTable(contexts, conditions, control, n_control, shift, count, genes), noise)
+            table = ShiftTable(contexts, conditions, control, n_control, shift, count, genes)
+            return Evidence(table, variance, kept[f"{prefix}control_variance"].astype(np.float64))
 
         return (
-            evidence("control_mean", "shift", "noise"),
-            evidence("control_detection", "detection_shift", "detection_noise"),
+            evidence("control_mean", "shift", ""),
+            evidence("control_detection", "detection_shift", "detection_"),
         )
 
-    def _anchor_tables(self, screen: Screen) -> tuple[NDArray[np.float32], NDArray[np.int64]] | None:
-        """Expected transport of every group of ``screen`` ``(row, 4, gene)``, and the row of each group."""
-        if not self._anchor_rules:
+    def _group_starts(self, screen: Screen) -> GroupStarts | None:
+        """Where the flow of every group of ``screen`` starts; None from noise."""
+        if self.module.start == "noise":
             return None
         n_contexts = len(screen.contexts)
         groups = np.unique(screen.treatment * n_contexts + screen.context)
         row = np.zeros(len(screen.treatments) * n_contexts, dtype=np.int64)
         row[groups] = np.arange(len(groups))
         pairs = [(screen.contexts[g % n_contexts], screen.treatments[g // n_contexts][0]) for g in groups.tolist()]
-        return self._transports(self._means(), pairs), row
+        return GroupStarts(*self._starts(self._means(), pairs), row)
 
-    def _transports(self, means: Means, pairs: Sequence[tuple[str, tuple[str, ...]]]) -> NDArray[np.float32]:
-        """Expected transport of conditions in contexts ``(pair, 4, gene)``."""
+    def _starts(
+        self, means: Means, pairs: Sequence[tuple[str, tuple[str, ...]]]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Expected transport of conditions in contexts ``(pair, 4, gene)``, and what the flow reads ``(pair, 2, gene)``."""
         rules = self._anchor_rules
         rows = [means[0].table.row(context) for context, _ in pairs]
         shifts = [np.array([expected_shift(m, *pair, rules) for pair in pairs]) for m in means]
-        mean, detection = (m.table.control_mean[rows] for m in means)
+        mean, detection = (np.nan_to_num(m.table.control_mean[rows]) for m in means)
         n_cells = torch.from_numpy(means[0].table.control_count[rows])
-        inputs = (torch.from_numpy(np.nan_to_num(a)).double() for a in (mean, detection, *shifts))
-        return torch.stack(expected_transport(*inputs, n_cells), dim=1).float().numpy()
+        inputs = (torch.from_numpy(a).double() for a in (mean, detection, *shifts))
+        transport = torch.stack(expected_transport(*inputs, n_cells), dim=1).float().numpy()
+        return transport, np.stack([mean, shifts[0]], axis=1).astype(np.float32)
 
     def _means_with(self, contexts: tuple[str, ...], context: NDArray[np.int64], x: NDArray[np.float32]) -> Means:
         """Means of the training cells, and of control cells ``x`` where a context has none in them."""
@@ -130,29 +137,29 @@ def study_anchors(
         raise ValueError(
             f"`anchor` must be 'auto', None or one of {', '.join(ANCHORS)}, got {anchor!r}; choose one of them."
         )
-    every = np.ones(len(screen.treatment), dtype=bool)
-    means = tuple(_evidence(x, screen, rows, genes, every, is_rate) for is_rate in (False, True))
+    means = (_evidence(x, screen, rows, genes, is_rate=False), _evidence(x, screen, rows, genes, is_rate=True))
     if anchor is None:
         return [], means
     if anchor != "auto":
         return [AnchorRule(anchor)], means
-    control = screen.is_control
-    fold = np.random.default_rng(settings.seed or 0).integers(_N_FOLDS, size=len(control))
-    parts = [[~control | side for side in (fold != i, fold == i)] for i in range(_N_FOLDS)]
-    folds = [[_evidence(x, screen, rows, genes, keep) for keep in pair] for pair in parts]
-    return choose_anchors([(seen, held_out.table) for seen, held_out in folds]), means
+    return choose_anchors(means[0], _axes(x, rows)), means
 
 
-def _evidence(
-    x: Any,
-    screen: Screen,
-    rows: NDArray[np.int64],
-    genes: Sequence[str],
-    keep: NDArray[np.bool_],
-    is_rate: bool = False,
-) -> Evidence:
-    """Means (or detection rates) of the training cells that ``keep`` says; contexts in the order of the screen."""
-    used = np.sort(rows[keep[rows]])
+def _axes(x: Any, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """First principal components of training cells ``(gene, component)``."""
+    rng = np.random.default_rng(settings.seed or 0)
+    used = np.sort(rows if len(rows) <= _PCA_CELLS else rng.choice(rows, _PCA_CELLS, replace=False))
+    cells = row_source(x).take(used)
+    cells = cells.toarray() if sp.issparse(cells) else np.asarray(cells)
+    n_components = min(_N_COMPONENTS, *(size - 1 for size in cells.shape))
+    if n_components < 1:
+        return np.eye(cells.shape[1])
+    return PCA(n_components, random_state=0).fit(cells.astype(np.float32)).components_.T.astype(np.float64)
+
+
+def _evidence(x: Any, screen: Screen, rows: NDArray[np.int64], genes: Sequence[str], is_rate: bool) -> Evidence:
+    """Means, or detection rates, of the training cells; contexts in the order of the screen."""
+    used = np.sort(rows)
     values = row_source(x).take(used)
     if is_rate:
         values = values.sign() if sp.issparse(values) else np.sign(values)

@@ -36,6 +36,13 @@ class _Cells(NamedTuple):
     covariates: NDArray[np.int64] | None  # (cell, column): codes
 
 
+class _Start(NamedTuple):
+    """Where the flows of a condition start."""
+
+    transport: NDArray[np.float32]  # (context, 4, gene)
+    reference: NDArray[np.float32]  # (context, 2, gene)
+
+
 class FlowPredictionMixin:
     """Cells after a perturbation."""
 
@@ -275,8 +282,8 @@ class FlowPredictionMixin:
         for part in track(parts, description="Predicting cells", disable=len(parts) < 8, style="tqdm"):
             for i, told in enumerate(inputs):
                 share = self._shares(cells, conditions[i], part) if trust is None else torch.full((1, 1), trust)
-                move = None if expected is None else expected[i]
-                sample = self._flow(cells, part, genes, kept, told, move, how, seed, share, return_latent)
+                begin = None if expected is None else expected[i]
+                sample = self._flow(cells, part, genes, kept, told, begin, how, seed, share, return_latent)
                 out[i, part] = sample.expression.clamp(min=0).cpu().numpy()
                 if sample.latent is not None and return_latent:
                     values = _per_cell(sample.latent).cpu().numpy()
@@ -295,7 +302,7 @@ class FlowPredictionMixin:
         genes: Tensor,
         kept: NDArray[np.int64],
         told: Mapping[str, Tensor],
-        move: NDArray[np.float32] | None,
+        begin: _Start | None,
         how: FlowSolver,
         seed: int,
         share: Tensor,
@@ -303,15 +310,18 @@ class FlowPredictionMixin:
     ) -> FlowSample:
         """Cells of one condition, ``share`` ``(cell or 1, 1)`` of the way from the start of the flow to its end."""
         module, control = self.module, torch.from_numpy(cells.x[part])
-        numbers, change = torch.arange(part.start, part.stop), None
-        if move is not None:
-            change = module.draw_change(control, torch.from_numpy(move[cells.context[part]]), numbers, seed)[:, kept]
+        numbers, change, read = torch.arange(part.start, part.stop), None, None
+        if begin is not None:
+            transport, reference = (torch.from_numpy(a[cells.context[part]]) for a in begin)
+            change, read = module.draw_change(control, transport, numbers, seed)[:, kept], reference[..., kept]
         control = control[:, kept]
         start = module.draw_start(control, numbers, seed, change)
         if not share.any() and not needs_latent:  # nothing of the flow would be used
             return FlowSample(start.expression, None)
         covariates = None if cells.covariates is None else torch.from_numpy(cells.covariates[part])
-        end = module.sample(genes, control, start=start, how=how, anchor=change, covariates=covariates, **told)
+        end = module.sample(
+            genes, control, start=start, how=how, anchor=change, reference=read, covariates=covariates, **told
+        )
         # a value that the flow ends below zero at is a zero, of which a share is no negative number
         x = torch.lerp(start.expression.to(end.expression), end.expression.clamp(min=0), share.to(end.expression))
         return end._replace(expression=x)
@@ -343,17 +353,19 @@ class FlowPredictionMixin:
             entry["dose"][0, : len(parts)] = torch.tensor(given, dtype=torch.float32)
         return inputs
 
-    def _expected(self, cells: _Cells, conditions: Sequence[tuple[str, ...]]) -> list[NDArray[np.float32]] | None:
-        """Expected transport of every condition ``(context, 4, gene)``; None without anchors."""
-        if not self._anchor_rules:
+    def _expected(self, cells: _Cells, conditions: Sequence[tuple[str, ...]]) -> list[_Start] | None:
+        """Where the flows of every condition start, by context; None from noise."""
+        if self.module.start == "noise":
             return None
         means = self._means_with(cells.contexts, cells.context, cells.x)
         used = np.unique(cells.context).tolist()
         out = []
         for condition in conditions:
-            transports = np.zeros((len(cells.contexts), 4, cells.x.shape[1]), dtype=np.float32)
-            transports[used] = self._transports(means, [(cells.contexts[i], condition) for i in used])
-            out.append(transports)
+            start = _Start(*(np.zeros((len(cells.contexts), n, cells.x.shape[1]), np.float32) for n in (4, 2)))
+            start.transport[used], start.reference[used] = self._starts(
+                means, [(cells.contexts[i], condition) for i in used]
+            )
+            out.append(start)
         return out
 
     def _solver(self, solver: str, n_steps: int, guidance_scale: float) -> FlowSolver:

@@ -33,7 +33,8 @@ class _Part(NamedTuple):
     parts: tuple[str, ...]  # what was perturbed
     x: Tensor  # (cell, gene)
     control: Tensor  # (cell, gene): a control cell of the context beside each cell; a control cell has itself
-    transport: dict[tuple[str, ...], Tensor]  # expected move of control cells under a condition (cell, 4, gene)
+    # of each condition, without a start from noise: expected move of control cells (cell, 4, gene), and what the flow reads
+    starts: dict[tuple[str, ...], tuple[Tensor, Tensor]]
     latent: Tensor | None  # standardised features
     covariates: Tensor | None  # codes (cell, column)
 
@@ -153,7 +154,7 @@ class FlowRepresentationMixin:
         place = self._result_place(adata, "layers", key_added, overwrite=overwrite)
 
         def compute(part: _Part) -> Tensor:
-            start = self._start_of(part, how)
+            start = self._start_of(part, how, seed)
             moved, again = (self._follow(part, parts, start, how, dosages, seed) for parts in (condition, part.parts))
             # the factual end is computed too, so that the error of the solver cancels
             return moved.expression.clamp(min=0) - again.expression.clamp(min=0)
@@ -199,13 +200,13 @@ class FlowRepresentationMixin:
 
     # ---------------------------------------------------------------- pieces
 
-    def _start_of(self, part: _Part, how: FlowSolver) -> FlowStart:
+    def _start_of(self, part: _Part, how: FlowSolver, seed: int) -> FlowStart:
         """Where the flows of measured cells start, relative to the anchor of their condition."""
         told = {
             name: value.to(part.x.device) for name, value in self._perturbation_inputs([part.parts], None)[0].items()
         }
-        change = self._change(part, part.parts, 0)
-        sampler = CascadeSampler(self.module, self._gene_tokens(), part.control, change)
+        change = self._change(part, part.parts, seed)
+        sampler = CascadeSampler(self.module, self._gene_tokens(), part.control, change, self._read(part, part.parts))
         start = invert_flow(sampler, sampler.read(**told, covariates=part.covariates), part.x, part.latent, how)
         return start if change is None else start._replace(expression=start.expression - change)
 
@@ -228,16 +229,21 @@ class FlowRepresentationMixin:
             start=begin,
             how=how,
             anchor=change,
+            reference=self._read(part, parts),
             covariates=part.covariates,
             **told,
         )
 
     def _change(self, part: _Part, parts: tuple[str, ...], seed: int) -> Tensor | None:
         """Expected change of the control cells under a condition; the same draws under all of them."""
-        if parts not in part.transport:
+        if parts not in part.starts:
             return None
-        numbers = torch.from_numpy(part.rows)
-        return self.module.draw_change(part.control, part.transport[parts], numbers, seed)
+        return self.module.draw_change(part.control, part.starts[parts][0], torch.from_numpy(part.rows), seed)
+
+    @staticmethod
+    def _read(part: _Part, parts: tuple[str, ...]) -> Tensor | None:
+        """What the flow reads of the context instead of the control cell."""
+        return part.starts[parts][1] if parts in part.starts else None
 
     def _gene_tokens(self) -> Tensor:
         return torch.from_numpy(self._tokens.gene_tokens()).to(self.module.device)
@@ -248,11 +254,12 @@ class FlowRepresentationMixin:
         return values.mean(1) if values.ndim == 3 else values
 
     def _backbone(self, part: _Part) -> Tensor:
-        sampler = CascadeSampler(self.module, self._gene_tokens(), part.control)
+        # beside the control cells of its context, as if nothing had happened: an embedding must not know the label
+        sampler = CascadeSampler(self.module, self._gene_tokens(), part.control, reference=self._read(part, ()))
         return embed_cells(sampler, part.x, part.latent)
 
     def _noise(self, part: _Part) -> Tensor:
-        start = self._start_of(part, self._solver("midpoint", 10, 1.0)).expression
+        start = self._start_of(part, self._solver("midpoint", 10, 1.0), 0).expression
         return start if self.module.start == "noise" else start - part.control
 
     def _by_condition(
@@ -301,16 +308,17 @@ class FlowRepresentationMixin:
         cells = self._cells(data, rows[place])
         x = torch.from_numpy(cells.x).to(device)
         control = x if not parts else torch.from_numpy(self._beside(data, cells, seed)).to(device)
-        conditions = [parts, *others]
-        expected = self._expected(cells, conditions)
-        transport = {}
-        for i, condition in enumerate(conditions if expected is not None else ()):
-            transport[condition] = torch.from_numpy(expected[i][cells.context]).to(device)
+        conditions = [*dict.fromkeys([parts, (), *others])]
+        expected = self._expected(cells, conditions) or []
+        starts = {
+            condition: tuple(torch.from_numpy(a[cells.context]).to(device) for a in start)
+            for condition, start in zip(conditions, expected, strict=False)
+        }
         latent = None
         if self.module.n_latent:
             latent = torch.from_numpy(self._encoded(data, rows[place])).to(device)
         covariates = None if cells.covariates is None else torch.from_numpy(cells.covariates).to(device)
-        return _Part(rows[place], parts, x, control, transport, latent, covariates)
+        return _Part(rows[place], parts, x, control, starts, latent, covariates)
 
     def _beside(self, data: AnnData, cells: _Cells, seed: int) -> NDArray[np.float32]:
         """A control cell of the context beside each cell, which does not depend on the others."""

@@ -152,7 +152,7 @@ class ScreenMixin(AnchorMixin):
             tokens.gene_tokens(),
             encoded,
             doses,
-            self._anchor_tables(screen),
+            self._group_starts(screen),
             None if features is None else features.get,
             None if features is None else features.has_features,
         )

@@ -1,8 +1,9 @@
 """Torch modules, one per model family: tensors in, tensors and losses out."""
 
-from ._ccfm import CascadedFlowModule, FlowOrigin, NoiseKind
+from ._ccfm import CascadedFlowModule
 from ._ccfm_anchor import AnchorTable
 from ._ccfm_draws import FlowDraws, evaluating
+from ._ccfm_generation import FlowGeneration, FlowOrigin, NoiseKind
 from ._ccfm_inversion import embed_cells, invert_flow
 from ._ccfm_network import NOTHING, UNKNOWN, FlowLayout, TwoStreamNetwork
 from ._ccfm_sampling import CascadeSampler, FlowSample, FlowSolver, FlowStart, Stage1Input
@@ -17,6 +18,7 @@ __all__ = [
     "CascadeSampler",
     "CascadedFlowModule",
     "FlowDraws",
+    "FlowGeneration",
     "FlowLayout",
     "FlowOrigin",
     "NoiseKind",

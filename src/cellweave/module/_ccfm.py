@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
@@ -13,11 +13,8 @@ from cellweave.flow import (
     CascadedTimes,
     FlowTimes,
     TimeMode,
-    cell_uniform,
     end_point,
-    gaussian_noise,
     linear_path,
-    poisson_noise,
     poisson_rate,
 )
 from cellweave.objective import (
@@ -30,17 +27,12 @@ from cellweave.objective import (
     step_outputs,
 )
 
-from ._ccfm_draws import GENES, FlowDraws, evaluating, expected_change, own_generator, rows_with_weight, take
+from ._ccfm_draws import GENES, FlowDraws, expected_change, own_generator, rows_with_weight, take
+from ._ccfm_generation import FlowGeneration, FlowOrigin, NoiseKind
 from ._ccfm_network import FlowLayout, LatentLevel, TwoStreamNetwork
-from ._ccfm_sampling import CascadeSampler, FlowSample, FlowSolver, FlowStart, Stage1Input
+from ._ccfm_sampling import Stage1Input
 
-__all__ = ["CascadedFlowModule", "FlowOrigin", "NoiseKind"]
-
-NoiseKind = Literal["gaussian", "poisson"]
-FlowOrigin = Literal["noise", "control"]
-
-# Streams of a cell's noise.
-_EXPRESSION, _LATENT, _GATE, _MOVE, _MOVED = range(5)
+__all__ = ["CascadedFlowModule"]
 
 
 class CascadedFlowModule(FlowGeneration, TwoStreamNetwork, BaseModuleClass):
@@ -306,7 +298,7 @@ class CascadedFlowModule(FlowGeneration, TwoStreamNetwork, BaseModuleClass):
         out = {"target": x, "control": control, "genes": genes, "x_t": x_t, "u_expr": path.velocity}
         out |= {**times._asdict(), "hidden": draws.hidden.to(x.device)}
         if reference is not None:
-            _, out["anchor"] = take(reference, keep, -1).to(x).unbind(1)
+            out["control"], out["anchor"] = take(reference, keep, -1).to(x).unbind(1)
         elif anchor is not None:
             out["anchor"] = anchor
         if latent is not None and draws.latent is not None:

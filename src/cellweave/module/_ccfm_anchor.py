@@ -26,8 +26,8 @@ class AnchorTable(nn.Module):
     control_count: Tensor
     shift: Tensor
     detection_shift: Tensor
-    noise: Tensor
-    detection_noise: Tensor
+    variance: Tensor
+    control_variance: Tensor
     count: Tensor
     context: Tensor
     condition: Tensor
@@ -41,8 +41,9 @@ class AnchorTable(nn.Module):
         self.register_buffer("control_count", torch.zeros(n_contexts, dtype=torch.int64))
         self.register_buffer("shift", torch.zeros(n_rows, n_genes))
         self.register_buffer("detection_shift", torch.zeros(n_rows, n_genes))
-        for name in ("noise", "detection_noise"):  # sampling variance of a row, summed over genes
-            self.register_buffer(name, torch.zeros(n_rows))
+        for prefix in ("", "detection_"):  # sampling variances of the means
+            self.register_buffer(f"{prefix}variance", torch.zeros(n_rows, n_genes))
+            self.register_buffer(f"{prefix}control_variance", torch.zeros(n_contexts, n_genes))
         for name in ("count", "context", "condition"):  # of every row
             self.register_buffer(name, torch.zeros(n_rows, dtype=torch.int64))
         self.register_buffer("trained", torch.ones(n_rows, dtype=torch.bool))  # whether the flow was trained on a row

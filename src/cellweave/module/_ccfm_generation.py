@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from cellweave.flow import cell_uniform, gaussian_noise, poisson_noise, poisson_rate
 
 from ._ccfm_draws import evaluating, expected_change
-from ._ccfm_network import LatentLevel, TwoStreamNetwork
+from ._ccfm_network import LatentLevel
 from ._ccfm_sampling import CascadeSampler, FlowSample, FlowSolver, FlowStart, Stage1Input
 
 __all__ = ["FlowGeneration", "FlowOrigin", "NoiseKind"]

@@ -5,8 +5,10 @@ from ._anchors import (
     AnchorRule,
     Evidence,
     choose_anchors,
+    condition_kind,
     context_response,
     expected_shift,
+    similar_contexts,
     with_contexts,
 )
 from ._moments import Moments
@@ -24,13 +26,19 @@ from ._shifts import (
     observed,
     perturbed_mean,
 )
+from ._shrinkage import posterior_effects, shrink_effects, shrinkage_risk
 
 __all__ = [
     "ANCHORS",
     "AnchorRule",
     "Evidence",
     "choose_anchors",
+    "condition_kind",
     "context_response",
+    "similar_contexts",
+    "posterior_effects",
+    "shrink_effects",
+    "shrinkage_risk",
     "expected_shift",
     "with_contexts",
     "SHIFT_PREDICTORS",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -10,21 +10,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._shifts import SHIFT_PREDICTORS, Condition, ShiftTable, group_means
+from ._shrinkage import SHRINKERS, shrink_effects, shrinkage_risk
 
 __all__ = [
     "ANCHORS",
     "AnchorRule",
     "Evidence",
     "choose_anchors",
+    "condition_kind",
     "context_response",
     "expected_shift",
+    "similar_contexts",
     "with_contexts",
 ]
 
 Array = NDArray[np.float64]
 
-# A prediction is never blown up by more than this.
-_MAX_SCALE = 1.2
+# Predictions are made smaller where held-out groups say so, but never larger.
+_MAX_SCALE = 1.0
+# Groups of fewer cells say too little to choose by.
+_LEAST_CELLS = 15
+# Standard errors by which a factor must differ from one.
+_N_ERRORS = 2
 # Differences of correlation by which a context counts less: as a source of an effect, and as an example of a transfer.
 _SOURCE_WIDTH, _EXAMPLE_WIDTH = 0.03, 0.1
 # Share of the energy of both terms that is added to the diagonal of the fit.
@@ -41,12 +48,15 @@ class Evidence:
     ----------
     table
         The shifts.
-    noise
-        Sampling variance of every shift, summed over genes ``(context, condition)``; NaN where not observed.
+    variance
+        Sampling variances of the means of perturbed cells ``(context, condition, gene)``; NaN where not observed.
+    control_variance
+        Those of the means of control cells ``(context, gene)``.
     """
 
     table: ShiftTable
-    noise: Array
+    variance: Array
+    control_variance: Array
 
     @classmethod
     def from_cells(cls, x: Any, conditions: Sequence[Condition], contexts: Sequence[str], genes: Sequence[str]) -> Self:
@@ -54,24 +64,52 @@ class Evidence:
         table = ShiftTable.from_cells(x, conditions, contexts, genes)
         columns = {condition: i + 1 for i, condition in enumerate(table.conditions)}
         rows = {name: i for i, name in enumerate(table.contexts)}
-        n_columns = len(columns) + 1
-        codes = np.array(
-            [rows[str(c)] * n_columns + columns.get(k, 0) for c, k in zip(contexts, conditions, strict=True)]
-        )
-        squares = np.asarray(x.multiply(x).sum(1) if hasattr(x, "multiply") else (x.astype(np.float64) ** 2).sum(1))
-        energy, count = group_means(squares.reshape(-1, 1), codes, len(rows) * n_columns)
-        energy, count = energy.reshape(len(rows), n_columns), count.reshape(len(rows), n_columns)
-        control = table.control_mean
-        means = np.concatenate([control[:, None], control[:, None] + table.shift], axis=1)
+        shape = (len(rows), len(columns) + 1)
+        pairs = zip(contexts, conditions, strict=True)
+        codes = np.array([rows[str(c)] * shape[1] + columns.get(k, 0) for c, k in pairs])
+        squares = x.multiply(x).tocsr() if hasattr(x, "multiply") else np.square(np.asarray(x, dtype=np.float64))
+        second, count = group_means(squares, codes, shape[0] * shape[1])
+        second, count = second.reshape(*shape, -1), count.reshape(shape)[..., None]
+        control = table.control_mean[:, None]
+        means = np.concatenate([control, control + table.shift], axis=1)
         with np.errstate(invalid="ignore", divide="ignore"):
-            variance = (energy - (means**2).sum(2)) / (count - 1)  # of a mean, summed over genes
+            variance = (second - means**2) / (count - 1)
         # a single cell says nothing of its own spread: that of the control cells stands in
-        variance = np.where(count == 1, variance[:, :1] * count[:, :1], variance)
-        return cls(table, np.maximum(variance[:, 1:] + variance[:, :1], 0))
+        variance = np.where(count == 1, variance[:, :1] * count[:, :1], np.maximum(variance, 0))
+        return cls(table, variance[:, 1:], variance[:, 0])
+
+    @property
+    def noise(self) -> Array:
+        """Sampling variance of every shift, summed over genes ``(context, condition)``."""
+        return (self.variance + self.control_variance[:, None]).sum(2)
 
     def without(self, context: str, condition: Condition) -> Evidence:
         """The evidence as if one condition had not been measured in one context."""
         return replace(self, table=self.table.without(context, condition))
+
+    def shrunken(self, how: str) -> Evidence:
+        """The evidence with the effects of single perturbations shrunken; see :func:`shrink_effects`."""
+        if how == "none":
+            return self
+        shift = self.table.shift.copy()
+        for row, column in self._singles():
+            variance = self.variance[row, column] + self.control_variance[row]
+            shift[row, column] = shrink_effects(shift[row, column], variance, how)
+        return replace(self, table=replace(self.table, shift=shift))
+
+    def best_shrinkage(self) -> str:
+        """How single perturbations are best shrunken, by the unbiased risk of all of them."""
+        risk = dict.fromkeys(SHRINKERS, 0.0)
+        for row, column in self._singles():
+            chance = self.variance[row, column]
+            variance = chance + self.control_variance[row]
+            for how in SHRINKERS:
+                risk[how] += shrinkage_risk(self.table.shift[row, column], variance, chance, how)
+        return min(risk, key=lambda how: risk[how])
+
+    def _singles(self) -> list[tuple[int, int]]:
+        where = np.argwhere(self.table.is_observed & (self.table.n_parts == 1) & (self.table.count > 1))
+        return [(int(row), int(column)) for row, column in where]
 
 
 def context_response(evidence: Evidence, context: str, condition: Condition) -> Array | None:
@@ -137,6 +175,31 @@ def _similar(table: ShiftTable, row: int, others: NDArray[np.intp], width: float
     return weights / weights.sum()
 
 
+def similar_contexts(evidence: Evidence, context: str, condition: Condition) -> Array | None:
+    """Average effect of a condition in the other contexts, of which those with similar control cells count most.
+
+    Parameters
+    ----------
+    evidence
+        Shifts of training cells.
+    context
+        Where.
+    condition
+        What is perturbed.
+
+    Returns
+    -------
+    Expected shift ``(gene,)``, or None where it does not apply.
+    """
+    table = evidence.table
+    row, column = table.row(context), table.column(condition)
+    if row < 0 or column < 0 or not table.control_count[row]:
+        return None
+    others = np.flatnonzero(table.is_observed[:, column])
+    others = others[others != row]
+    return _similar(table, row, others, _SOURCE_WIDTH) @ table.shift[others, column] if len(others) else None
+
+
 def _simple(name: str) -> Any:
     return lambda evidence, context, condition: SHIFT_PREDICTORS[name](evidence.table, context, condition)
 
@@ -144,8 +207,11 @@ def _simple(name: str) -> Any:
 # Expectations by name; "observed" is missing, since it is what a model is trained to find.
 ANCHORS: Mapping[str, Any] = {
     "context_response": context_response,
+    "similar_contexts": similar_contexts,
     **{name: _simple(name) for name in SHIFT_PREDICTORS if name not in ("observed", "no_change")},
 }
+# These are tried by cross-validation; the others are variants of them that are rarely better.
+_CANDIDATES = ("context_response", "similar_contexts", "perturbed_mean", "additive", "gene_linear")
 
 
 @dataclass(frozen=True)
@@ -156,21 +222,26 @@ class AnchorRule:
     ----------
     name
         Name in ``ANCHORS``.
-    combination
-        Whether the rule is for combinations or for single perturbations; None for both.
+    kind
+        What it is for: ``"single"`` perturbations; combinations of which the ``"none"``, ``"some"`` or ``"all"`` of the parts were
+        measured alone; any ``"combination"``; or ``"any"`` condition.
     scale
-        Factor on what it predicts, in [0, 1.2]: the one of least squared error for held-out groups.
+        Factor on what it predicts, in [0, 1].
     error
-        Squared error of the scaled prediction for held-out groups, as a share of that of predicting no change.
+        Squared error of the scaled prediction for held-out groups, as a share of that of predicting no change; NaN where
+        there were none to try it on.
     n_groups
         Groups of cells it was tried on.
+    shrinkage
+        How the effects of single perturbations are shrunken before, a name in ``SHRINKERS``.
     """
 
     name: str
-    combination: bool | None = None
+    kind: str = "any"
     scale: float = 1.0
-    error: float = 0.0
+    error: float = float("nan")
     n_groups: int = 0
+    shrinkage: str = "none"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -182,36 +253,68 @@ class AnchorRule:
         return cls(**values)
 
 
-def choose_anchors(folds: Sequence[tuple[Evidence, ShiftTable]]) -> list[AnchorRule]:
+def condition_kind(table: ShiftTable, condition: Condition) -> str:
+    """``"single"``, or how many parts of a combination were measured alone: ``"none"``, ``"some"`` or ``"all"``."""
+    if len(condition) < 2:
+        return "single"
+    alone = {
+        known[0]
+        for known, seen in zip(table.conditions, table.is_observed.any(0), strict=True)
+        if seen and len(known) == 1
+    }
+    n_seen = len(alone.intersection(condition))
+    return "none" if n_seen == 0 else "all" if n_seen == len(condition) else "some"
+
+
+def choose_anchors(evidence: Evidence, axes: Array | None = None) -> list[AnchorRule]:
     """Try simple predictions on every training group, each time without that group; the best comes first.
 
-    The shift of a held-out group is measured against control cells that no prediction sees. Otherwise the chance error of
-    shared control cells would make every prediction look as if it found an effect. :func:`context_response`, which weighs its
-    own evidence, comes before all others.
+    What counts is how near the predicted cells come to the measured ones, and these are the control cells plus the predicted
+    shift. So the chance error of the control cells is part of what is to be predicted, and it is right that a prediction gains
+    by it; no correlation of effects may be read from these errors. A prediction is scaled where the best factor differs
+    from one by more than twice its standard error (jackknife over groups): chance errors of the sources pull it below one.
 
     Parameters
     ----------
-    folds
-        Pairs made with disjoint control cells: what predictions see, and what they are compared with.
+    evidence
+        Shifts of training cells.
+    axes
+        Directions in which errors count, such as principal components of the training cells ``(gene, component)``; all
+        genes by default.
 
     Returns
     -------
-    Rules, for single perturbations and for combinations.
+    Rules, the best first; those that could not be tried last.
     """
-    sums = {(name, many): np.zeros(4) for name in ANCHORS for many in (False, True)}
-    for seen, held_out in folds:
-        for context, condition, truth in _groups(held_out):
-            rest = seen.without(context, condition)
-            for name, predict in ANCHORS.items():
-                shift = None if name == "context_response" else predict(rest, context, condition)
-                if shift is not None:
-                    sums[name, len(condition) > 1] += [shift @ truth, shift @ shift, truth @ truth, 1]
-    rules = [_rule(name, many, total, len(folds)) for (name, many), total in sums.items() if total[3]]
-    return [AnchorRule("context_response"), *sorted(rules, key=lambda rule: rule.error)]
+    shrinkage = evidence.best_shrinkage()
+    shrunken = evidence.shrunken(shrinkage)
+    tried: dict[tuple[str, str], list[Array]] = {}
+    enough = evidence.table.is_observed & (evidence.table.count >= _LEAST_CELLS)
+    enough &= (evidence.table.control_count >= _LEAST_CELLS)[:, None]
+    for row, column in np.argwhere(enough):
+        context, condition = evidence.table.contexts[row], evidence.table.conditions[column]
+        truth = _along(evidence.table.shift[row, column], axes)
+        rest, small = (e.without(context, condition) for e in (evidence, shrunken))
+        kind = condition_kind(rest.table, condition)
+        for name in _CANDIDATES:
+            shift = ANCHORS[name](small if name == "additive" else rest, context, condition)
+            if shift is not None:
+                guess, n = _along(shift, axes), evidence.table.count[row, column]
+                sums = n * np.array([guess @ truth, guess @ guess, truth @ truth])
+                for group in {kind, "single" if kind == "single" else "combination"}:
+                    tried.setdefault((name, group), []).append(sums)
+    rules = [_rule(name, kind, np.array(sums), shrinkage) for (name, kind), sums in tried.items()]
+    known = {rule.name for rule in rules}
+    untried = [AnchorRule(name) for name in ("context_response", "similar_contexts") if name not in known]
+    return [*sorted(rules, key=lambda rule: rule.error), *untried]
 
 
 def expected_shift(evidence: Evidence, context: str, condition: Condition, rules: Sequence[AnchorRule]) -> Array:
     """Shift of a condition in a context that the best applicable rule predicts without having seen it ``(gene,)``.
+
+    Rules for the kind of the condition come first. Without any, a combination whose parts were all measured is their sum, and
+    others follow the rules for combinations. A response that could not be tried for lack of contexts, but has two to learn
+    from, comes before all: it weighs its own evidence.
 
     Parameters
     ----------
@@ -225,12 +328,29 @@ def expected_shift(evidence: Evidence, context: str, condition: Condition, rules
         Rules, the best first; without an applicable one nothing is expected to happen.
     """
     rest = evidence.without(context, condition)
-    for rule in rules if condition else ():
-        if rule.combination in (None, len(condition) > 1):
-            shift = ANCHORS[rule.name](rest, context, condition)
-            if shift is not None:
-                return rule.scale * shift
+    for rule in _ordered(rest.table, condition, rules) if condition else ():
+        source = rest.shrunken(rule.shrinkage) if rule.name == "additive" else rest
+        shift = ANCHORS[rule.name](source, context, condition)
+        if shift is not None:
+            return rule.scale * shift
     return np.zeros(len(evidence.table.genes))
+
+
+def _ordered(table: ShiftTable, condition: Condition, rules: Sequence[AnchorRule]) -> list[AnchorRule]:
+    kind = condition_kind(table, condition)
+    own = [rule for rule in rules if rule.kind in (kind, "any")]
+    untried = [rule for rule in own if rule.kind == "any"]
+    tried = [rule for rule in own if rule.kind != "any"]
+    if kind != "single" and not tried:
+        more = [rule for rule in rules if rule.kind == "combination"]
+        tried = (
+            [AnchorRule("additive", shrinkage=more[0].shrinkage if more else "none"), *more] if kind == "all" else more
+        )
+    return [*untried, *tried]
+
+
+def _along(shift: Array, axes: Array | None) -> Array:
+    return shift if axes is None else shift @ axes
 
 
 def with_contexts(
@@ -267,16 +387,22 @@ def with_contexts(
         shift=extended(table.shift, np.nan),
         count=extended(table.count, 0),
     )
-    return Evidence(grown, extended(evidence.noise, np.nan))
+    return Evidence(grown, extended(evidence.variance, np.nan), extended(evidence.control_variance, np.nan))
 
 
-def _groups(table: ShiftTable) -> Iterator[tuple[str, Condition, Array]]:
-    for row, column in np.argwhere(table.is_observed):
-        yield table.contexts[row], table.conditions[column], table.shift[row, column]
+def _rule(name: str, kind: str, sums: Array, shrinkage: str) -> AnchorRule:
+    """Rule of the scaled sums ``(group, 3)`` of products of prediction and truth."""
+    cross, own, truth = sums.sum(0)
+    scale = _scale(cross, own)
+    others = sums.sum(0) - sums
+    spread = np.array([_scale(c, o) for c, o, _ in others])
+    n = len(sums)
+    error = np.sqrt((n - 1) / n * np.square(spread - spread.mean()).sum()) if n > 1 else np.inf
+    if abs(scale - 1) <= _N_ERRORS * error:
+        scale = 1.0
+    left = 1 - (2 * scale * cross - scale**2 * own) / truth if truth > 0 else 1.0
+    return AnchorRule(name, kind, scale, float(left), n, shrinkage)
 
 
-def _rule(name: str, many: bool, total: Array, n_folds: int) -> AnchorRule:
-    cross, own, truth, n = total
-    scale = float(np.clip(cross / own, 0, _MAX_SCALE)) if own > 0 else 0.0
-    error = 1 - (2 * scale * cross - scale**2 * own) / truth if truth > 0 else 1.0
-    return AnchorRule(name, many, scale, float(error), int(n) // n_folds)
+def _scale(cross: float, own: float) -> float:
+    return float(np.clip(cross / own, 0, _MAX_SCALE)) if own > 0 else 0.0
