@@ -59,6 +59,7 @@ class FlowPredictionMixin:
         solver: str = "midpoint",
         n_steps: int = 10,
         guidance_scale: float = 1.0,
+        trust: float | None = None,
         seed: int = 0,
         batch_size: int | None = None,
         include_control: bool = False,
@@ -95,6 +96,8 @@ class FlowPredictionMixin:
             Steps of the solver in each stage.
         guidance_scale
             Above 1, effects are made stronger than learned; needs ``condition_dropout``.
+        trust
+            Share of the way from the start of the flow to its end, in [0, 1]; :attr:`trust` by default.
         seed
             Seed of the choice of control cells and of all noise.
         batch_size
@@ -121,20 +124,28 @@ class FlowPredictionMixin:
             raise ValueError("`perturbations` is empty; name at least one condition, for example ['A+B'].")
         names = [self._names.canonical(label) for label in labels]
         how = self._solver(solver, n_steps, guidance_scale)
+        if trust is not None and not 0 <= trust <= 1:
+            raise ValueError(f"`trust` must be in [0, 1], got {trust}; 0 stays at the start of the flow.")
         conditions = [self._names.parts(name) for name in names]
         self._check_conditions(conditions, unseen)
         kept = self._kept_genes(genes)
         with self._registered(adata_ctrl) as data:
             cells = self._control_cells(data, indices, n_cells, covariates, seed)
             predicted, latent = self._predicted(
-                data, cells, conditions, how, seed, batch_size, kept, dosages, return_latent
+                data, cells, conditions, how, seed, batch_size, kept, dosages, return_latent, trust
             )
             out = self._as_anndata(data, cells, names, predicted, kept, include_control, dosages)
         if latent is not None:
             if include_control:
                 latent = np.concatenate([latent, np.full((len(cells.rows), latent.shape[1]), np.nan, np.float32)])
             out.obsm["X_ccfm_latent"] = latent
-        parameters = {"solver": solver, "n_steps": n_steps, "guidance_scale": guidance_scale, "seed": seed}
+        parameters = {
+            "solver": solver,
+            "n_steps": n_steps,
+            "guidance_scale": guidance_scale,
+            "trust": trust,
+            "seed": seed,
+        }
         out.uns["ccfm"] = self._provenance(parameters)
         return out
 
