@@ -31,7 +31,13 @@ class Panel:
     """
 
     def __init__(
-        self, n_perturbations: int = 12, n_cells: int = 60, n_genes: int = 150, effect: float = 1.2, seed: int = 0
+        self,
+        n_perturbations: int = 12,
+        n_cells: int = 60,
+        n_genes: int = 150,
+        effect: float = 1.2,
+        seed: int = 0,
+        n_control: int = 120,
     ):
         self.rng = rng = np.random.default_rng(seed)
         self.n_cells, self.n_genes = n_cells, n_genes
@@ -41,7 +47,7 @@ class Panel:
         self.effect = {
             name: effect * rng.normal(size=n_genes) * on for name, on in zip(self.names, chosen, strict=True)
         }
-        x = self.draw(np.zeros(n_genes), 2 * n_cells)
+        x = self.draw(np.zeros(n_genes), n_control)
         self.control = cells(x, ["control"] * len(x), "control")
         self.train = self.measure("train")
         self.true = self.measure("true")

@@ -12,7 +12,7 @@ from scvi import settings as scvi_settings
 from cellweave.data import ConditionNames
 from cellweave.stats import SHIFT_PREDICTORS
 
-from ._perturbation_cell_eval import cell_eval_scores
+from ._perturbation_cell_eval import cell_eval_profile, cell_eval_scores
 from ._perturbation_inputs import Cells, Columns, first_of, missing_control, read_cells, require_genes
 from ._perturbation_methods import Baseline, Method, PredictedCells, Replicate
 from ._perturbation_scores import metric_names, score
@@ -144,6 +144,15 @@ def evaluate_perturbation(
         If genes differ, there are no control cells, predicted and measured perturbations are not the same, values are
         not log-normalised or not finite, nothing is left to compare, or an argument is out of range.
 
+    Notes
+    -----
+    Principal components fit the training cells closer than new cells. A prediction that is made of training control cells
+    keeps a small distance to measured cells that do not differ from them; compare with ``"no_change"``. The p-value
+    ``energy_p_true`` uses components of the measured and the control cells alike and has no such bias.
+
+    A shift of the mean moves every zero, so Wilcoxon tests of the simple predictions would call every gene. Their genes
+    are ranked by the shift in units of the spread of the control cells instead, with p-values of a normal approximation.
+
     References
     ----------
     Ahlmann-Eltze, Huber and Anders, *Deep-learning-based gene perturbation effect prediction does not yet outperform
@@ -158,7 +167,7 @@ def evaluate_perturbation(
     >>> table.pivot_table(index="method", columns="metric", values="value")
     """
     settings = Settings(split_control, n_splits, n_top_genes, n_pcs, max_cells, seed)
-    wanted = metric_names(n_top_genes, metrics)
+    wanted, profile = metric_names(n_top_genes, metrics), cell_eval_profile(cell_eval)
     pairing = _as_tuple(pairing_keys)
     shift = pairing if shift_keys is None else _as_tuple(shift_keys)
     _require_coarser(shift, pairing)
@@ -166,11 +175,11 @@ def evaluate_perturbation(
     screen = build_screen(true, train, columns, settings, layer, min_cells)
     predictions = read_predictions(pred, name, screen, columns, layer)
     methods: list[Method] = [PredictedCells(key, screen, cells) for key, cells in predictions.items()]
-    methods += _baselines(baselines, screen, min_train_cells)
-    methods.append(Replicate(screen))
+    methods += [*_baselines(baselines, screen, min_train_cells), Replicate(screen)]
+    methods = [method for method in methods if method.applies.any()]
     tables = [_long(score(method, screen, wanted), method.name, screen) for method in methods]
-    if cell_eval:
-        tables += [cell_eval_scores(method, screen, "vcc" if cell_eval is True else cell_eval) for method in methods]
+    if profile is not None:
+        tables += [cell_eval_scores(method, screen, profile) for method in methods]
     return pd.concat(tables, ignore_index=True)
 
 
@@ -282,7 +291,7 @@ def _prediction(adata: AnnData, key: str, screen: Screen, columns: Columns, laye
     return cells
 
 
-def _baselines(chosen: str | Sequence[str] | None, screen: Screen, min_train_cells: int) -> list[Method]:
+def _baselines(chosen: str | Sequence[str] | None, screen: Screen, min_train_cells: int) -> list[Baseline]:
     """Simple predictions that apply to at least one group."""
     names = [chosen] if isinstance(chosen, str) and chosen != "auto" else chosen
     if names is None:
@@ -299,9 +308,8 @@ def _baselines(chosen: str | Sequence[str] | None, screen: Screen, min_train_cel
         raise ValueError(
             f"`baselines` names {min(set(names) - {'no_change'})!r}, which rests on training cells; give them as `train=`."
         )
-    tables = screen.shift_tables(min_train_cells)
-    found: list[Method] = [Baseline(name, screen, SHIFT_PREDICTORS[name], tables) for name in dict.fromkeys(names)]
-    return [method for method in found if method.applies.any()]
+    chosen_predictors = {name: SHIFT_PREDICTORS[name] for name in names}
+    return Baseline.fit(chosen_predictors, screen, min_train_cells)
 
 
 def _long(wide: pd.DataFrame, method: str, screen: Screen) -> pd.DataFrame:

@@ -21,11 +21,12 @@ from ._perturbation_inputs import Cells, Columns, missing_control, read_cells, r
 from ._perturbation_methods import Method
 from ._perturbation_screen import Screen, Settings, halve
 
-__all__ = ["cell_eval_scores", "to_cell_eval"]
+__all__ = ["cell_eval_profile", "cell_eval_scores", "to_cell_eval"]
 
 # Before the names of its metrics: some have the names of ours, and other values.
 PREFIX = "cell_eval:"
 _KEY = "perturbation"
+_PROFILES = ("vcc", "minimal", "full", "de", "anndata")
 
 
 def to_cell_eval(
@@ -107,6 +108,25 @@ def to_cell_eval(
     pairs = zip((made, truth), halves, strict=True)
     exported = [_export(_blocks(cells, control.take(half)), measured.genes, perturbation_key) for cells, half in pairs]
     return exported[0], exported[1]
+
+
+def cell_eval_profile(chosen: bool | str) -> str | None:
+    """Checked name of a set of metrics, None for none; checked before anything is computed.
+
+    Raises
+    ------
+    ImportError
+        If cell-eval is not installed.
+    ValueError
+        If there is no such set.
+    """
+    if not chosen:
+        return None
+    profile = _PROFILES[0] if chosen is True else chosen
+    if profile not in _PROFILES:
+        raise ValueError(f"`cell_eval={profile!r}` is no profile of cell-eval; choose from {', '.join(_PROFILES)}.")
+    _cell_eval()
+    return profile
 
 
 def cell_eval_scores(method: Method, screen: Screen, profile: str) -> pd.DataFrame:

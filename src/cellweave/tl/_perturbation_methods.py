@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scvi import settings as scvi_settings
 
-from cellweave.stats import Predictor, ShiftTable, group_means
+from cellweave.stats import Predictor, group_means
 
 from ._perturbation_inputs import Cells
 from ._perturbation_metrics import mean_test, n_significant
@@ -126,21 +127,25 @@ class Baseline(Method):
     units of the spread of the control cells, instead of by a rank test of shifted cells.
     """
 
-    def __init__(
-        self, name: str, screen: Screen, predict: Predictor, tables: tuple[ShiftTable, list[ShiftTable]]
-    ) -> None:
+    def __init__(self, name: str, screen: Screen, shifts: list[Array]) -> None:
         super().__init__(name, screen)
-        contexts = _shift_contexts(screen)
-        pairs = list(zip(contexts, screen.conditions, strict=True))
-        self.shift = self._predict(predict, tables[0], pairs)
+        # with all control cells, and with the first half of every split
+        self.shift, *halves = shifts
+        self.split_shifts = halves or [self.shift] * screen.settings.n_splits
         self.applies = np.isfinite(self.shift[:, 0])
-        tables_differ = tables[1] and tables[1][0] is not tables[0]
-        self.split_shifts = [self._predict(predict, t, pairs) if tables_differ else self.shift for t in tables[1]]
 
-    def _predict(self, predict: Predictor, table: ShiftTable, pairs: list[tuple[str, tuple[str, ...]]]) -> Array:
-        found = [predict(table, context, condition) for context, condition in pairs]
-        nothing = np.full(len(table.genes), np.nan)
-        return np.array([nothing if shift is None else shift for shift in found])
+    @classmethod
+    def fit(cls, predictors: Mapping[str, Predictor], screen: Screen, min_cells: int) -> list[Baseline]:
+        """One of every predictor that applies to any group."""
+        pairs = list(zip(_shift_contexts(screen), screen.conditions, strict=True))
+        nothing = np.full(len(screen.truth.genes), np.nan)
+        shifts: dict[str, list[Array]] = {name: [] for name in predictors}
+        for table in screen.shift_tables(min_cells):
+            for name, predict in predictors.items():
+                found = (predict(table, context, condition) for context, condition in pairs)
+                shifts[name].append(np.stack([nothing if shift is None else shift for shift in found]))
+        fitted = [cls(name, screen, found) for name, found in shifts.items()]
+        return [baseline for baseline in fitted if baseline.applies.any()]
 
     def means(self, split: int) -> tuple[Array, Array]:
         screen = self.screen

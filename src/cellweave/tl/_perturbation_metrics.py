@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.distance import cdist
@@ -57,19 +58,42 @@ def rank_test(x: NDArray, y: NDArray) -> tuple[Array, Array]:
         correction for ties and continuity, both ``(gene,)``.
     """
     m, n = len(x), len(y)
-    z, p = np.zeros(x.shape[1]), np.ones(x.shape[1])
+    rank_sum, ties = np.empty(x.shape[1]), np.empty(x.shape[1])
     for start in range(0, x.shape[1], _GENES):
         part = slice(start, start + _GENES)
-        # scipy ranks float32 in float32, which holds every rank but not their sums
-        ranks = rankdata(np.concatenate([x[:, part], y[:, part]]), axis=0).astype(np.float64)
-        excess = ranks[:m].sum(axis=0) - m * (m + n + 1) / 2
-        z[part] = excess / np.sqrt(m * n * (m + n + 1) / 12)
-        # the variance of a sum of m of these ranks, drawn without replacement, holds the correction for ties
-        spread = np.sqrt(m * n / (m + n) * ranks.var(axis=0, ddof=1))
-        distance = np.maximum(np.abs(excess) - 0.5, 0)
-        safe = np.where(spread > 0, spread, 1)
-        p[part] = np.where(spread > 0, 2 * ndtr(-distance / safe), 1.0)
+        # sorting gene by gene in contiguous memory, and one merge, cost less than ranking the pooled cells
+        _rank_sums(_sorted(x[:, part]), _sorted(y[:, part]), rank_sum[part], ties[part])
+    excess = rank_sum - m * (m + n + 1) / 2
+    variance = m * n * (m + n + 1) / 12
+    z = excess / np.sqrt(variance)
+    spread = np.sqrt(np.maximum(variance - m * n * ties / (12 * (m + n) * max(m + n - 1, 1)), 0))
+    distance = np.maximum(np.abs(excess) - 0.5, 0)
+    p = np.where(spread > 0, 2 * ndtr(-distance / np.where(spread > 0, spread, 1)), 1.0)
     return z, np.minimum(p, 1.0)
+
+
+def _sorted(x: NDArray) -> NDArray:
+    """Values of every gene in order ``(gene, cell)``."""
+    return np.sort(np.ascontiguousarray(x.T), axis=1)
+
+
+@numba.njit(cache=True, nogil=True)
+def _rank_sums(x, y, rank_sum, ties):  # type: ignore[no-untyped-def]
+    """Sum of the midranks of ``x`` among both, and sum of t^3 - t over groups of t equal values; both sorted by gene."""
+    m, n = x.shape[1], y.shape[1]
+    for gene in range(x.shape[0]):
+        i, j, total, tied = 0, 0, 0.0, 0.0
+        while i < m or j < n:
+            value = x[gene, i] if j == n or (i < m and x[gene, i] < y[gene, j]) else y[gene, j]
+            before, from_x = i + j, i
+            while i < m and x[gene, i] == value:
+                i += 1
+            while j < n and y[gene, j] == value:
+                j += 1
+            size = i + j - before
+            total += (i - from_x) * (before + (size + 1) / 2)
+            tied += float(size) ** 3 - size
+        rank_sum[gene], ties[gene] = total, tied
 
 
 def mean_test(shift: Array, std: Array, n_cells: int, n_control: int) -> tuple[Array, Array]:

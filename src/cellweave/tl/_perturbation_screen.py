@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 from numpy.typing import NDArray
 from scipy.spatial.distance import pdist
 from sklearn.decomposition import PCA
@@ -160,16 +163,26 @@ class Screen:
 
     @cached_property
     def _pca(self) -> PCA:
-        cells = self.control if self.train is None else self.train
-        rows = self.draw(np.arange(cells.x.shape[0]), _MAX_PCA_CELLS, 4)
-        n_pcs = min(self.settings.n_pcs, len(rows) - 1, cells.x.shape[1] - 1)
-        solver = "full" if n_pcs < 1 or n_pcs > 0.5 * min(len(rows), cells.x.shape[1]) else "arpack"
-        x = cells.x[rows].astype(np.float64) if solver == "arpack" else cells.dense(rows).astype(np.float64)
-        return PCA(max(1, n_pcs), svd_solver=solver, random_state=self.settings.seed).fit(x)
+        return self._components([self.control if self.train is None else self.train])
+
+    @cached_property
+    def _pooled_pca(self) -> PCA:
+        """Components of measured and control cells alike: those of one of them alone would make them look different."""
+        return self._components([self.truth, self.control])
+
+    def _components(self, parts: list[Cells]) -> PCA:
+        drawn = [self.draw(np.arange(cells.x.shape[0]), _MAX_PCA_CELLS // len(parts), 4) for cells in parts]
+        blocks = [cells.x[rows].astype(np.float64) for cells, rows in zip(parts, drawn, strict=True)]
+        x = sp.vstack(blocks, format="csr") if all(map(sp.issparse, blocks)) else np.concatenate([*map(_dense, blocks)])
+        n_pcs = min(self.settings.n_pcs, min(x.shape) - 1)
+        # the sparse solver finds few of many components
+        exact = n_pcs < 1 or 2 * n_pcs > min(x.shape)
+        pca = PCA(max(1, n_pcs), svd_solver="full" if exact else "arpack", random_state=self.settings.seed)
+        return pca.fit(_dense(x) if exact else x)
 
     def project(self, x: NDArray) -> Array:
         """Principal components of the training cells ``(cell, component)``."""
-        return (np.asarray(x, dtype=np.float64) - self._pca.mean_) @ self._pca.components_.T
+        return _project(self._pca, x)
 
     @cached_property
     def gamma(self) -> float:
@@ -216,23 +229,32 @@ class Screen:
     @cached_property
     def truth_energy_p(self) -> Array:
         """Permutation p-values of the energy distance of the measured cells to control cells ``(group,)``."""
-        pairs = (
-            (self.project(self.truth_cells(g)), self.project(self.control_cells(g))) for g in range(len(self.groups))
-        )
+        cells = ((self.truth_cells(g), self.control_cells(g)) for g in range(len(self.groups)))
+        pairs = ((_project(self._pooled_pca, x), _project(self._pooled_pca, y)) for x, y in cells)
         return np.array([permutation_p(x, y, self.settings.generator(8, g)) for g, (x, y) in enumerate(pairs)])
 
     # ------------------------------------------------------------------------------------------------- training shifts
 
-    def shift_tables(self, min_cells: int) -> tuple[ShiftTable, list[ShiftTable]]:
-        """Shifts of the training cells, with all control cells and with the first half of them in every split."""
+    def shift_tables(self, min_cells: int) -> Iterator[ShiftTable]:
+        """Shifts of the training cells: with all control cells, then with the first half of them in every split.
+
+        One after the other: a table of many contexts and conditions is large.
+        """
         train = self.control if self.train is None else self.train
         labels = train.obs["perturbation"]
         parts = {label: self.columns.names.parts(label) for label in labels.unique()}
-        contexts = train.obs["shift_context"].tolist()
-        genes = train.genes.astype(str).tolist()
+        contexts, genes = train.obs["shift_context"].tolist(), train.genes.astype(str).tolist()
         table = ShiftTable.from_cells(train.x, [*map(parts.__getitem__, labels)], contexts, genes).at_least(min_cells)
-        if not self.settings.split_control:
-            return table, [table] * self.settings.n_splits
+        yield table
         codes = pd.Index(table.contexts).get_indexer(self.control.obs["shift_context"])
-        halves = (np.where(first, codes, -1) for first in self.control_in_first)
-        return table, [table.with_control(*group_means(self.control.x, half, len(table.contexts))) for half in halves]
+        for first in self.control_in_first if self.settings.split_control else ():
+            half = np.where(first, codes, -1)
+            yield table.with_control(*group_means(self.control.x, half, len(table.contexts)))
+
+
+def _project(pca: PCA, x: NDArray) -> Array:
+    return (np.asarray(x, dtype=np.float64) - pca.mean_) @ pca.components_.T
+
+
+def _dense(x: Any) -> NDArray:
+    return x.toarray() if sp.issparse(x) else x
