@@ -31,7 +31,7 @@ __all__ = ["CascadedFlowModel"]
 # Steps of an epoch: between two points of a curve, two validations, two looks at the clock of checkpoints.
 _STEPS_PER_EPOCH = 50
 # Few: what is left after a good start is soon learned, and then memorised.
-_DEFAULT_STEPS = 400
+_DEFAULT_STEPS = 300
 # Heads of the interaction along the gene graph in the published network, whatever its other heads.
 _SCDFM_HEADS = 8
 
@@ -232,7 +232,7 @@ class CascadedFlowModel(
         shuffle_set_split: bool = True,
         batch_size: int = 64,
         n_conditions_per_step: int = 1,
-        n_genes_per_step: int | None = 256,
+        n_genes_per_step: int | None = 128,
         control_fraction: float = 0.2,
         pairing: Pairing = "ot",
         calibrate: bool = True,
@@ -253,7 +253,7 @@ class CascadedFlowModel(
         Parameters
         ----------
         max_steps
-            Optimiser steps; 400 by default.
+            Optimiser steps; 300 by default.
         max_epochs
             Epochs of 50 steps, instead of ``max_steps``.
         accelerator, devices
