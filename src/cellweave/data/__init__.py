@@ -2,6 +2,7 @@
 
 from ._columns import take_columns
 from ._conditions import CONTROL_SYNONYMS, ConditionNames
+from ._densify import as_dense
 from ._feature_cache import FeatureCache
 from ._feature_statistics import FeatureCompression, FeatureStatistics
 from ._features import (
@@ -48,6 +49,7 @@ from ._validate_markers import check_intensities, check_measured, find_markers
 
 # `CellStore` is public as `cellweave.io.CellStore`; a class can have one place in the API reference only.
 __all__ = [
+    "as_dense",
     "GroupStarts",
     "CellPairs",
     "PairSampler",

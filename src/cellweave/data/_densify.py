@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numba
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-__all__ = ["dense_rows"]
+__all__ = ["as_dense", "dense_rows"]
 
 
 def dense_rows(x: sp.csr_matrix, rows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -24,6 +26,17 @@ def dense_rows(x: sp.csr_matrix, rows: NDArray[np.int64]) -> NDArray[np.float32]
     # in the order of the memory: rows that lie next to each other are read one after the other
     _fill(x.data, x.indices, x.indptr, rows, np.argsort(rows), out)
     return out
+
+
+def as_dense(block: Any) -> NDArray[np.float32]:
+    """A block of rows as a contiguous float32 array ``(cell, gene)``, whatever it was.
+
+    Parameters
+    ----------
+    block
+        Sparse matrix or array.
+    """
+    return np.ascontiguousarray(block.toarray() if sp.issparse(block) else block, dtype=np.float32)
 
 
 @numba.njit(cache=True, nogil=True)

@@ -17,6 +17,7 @@ from sklearn.decomposition import PCA
 
 from cellweave._compat import SCVI_UUID_KEY
 
+from ._densify import as_dense
 from ._rows import row_source
 
 __all__ = [
@@ -253,7 +254,7 @@ class CallableFeatures:
         """What the function gives; see :class:`FeatureEncoder`."""
         source, ndim = row_source(x), 3 if self.level == "gene" else 2
         starts = range(0, max(len(rows), 1), _BLOCK)
-        blocks = [np.asarray(self.function(_dense(source[rows[i : i + _BLOCK]])), dtype=np.float32) for i in starts]
+        blocks = [np.asarray(self.function(as_dense(source[rows[i : i + _BLOCK]])), dtype=np.float32) for i in starts]
         if wrong := [block for block in blocks if block.ndim != ndim]:
             raise ValueError(
                 f"`encoder` {self.name!r} of `level`={self.level!r} must give {ndim} axes, got the shape {wrong[0].shape}; "
@@ -314,7 +315,7 @@ class GeneTableFeatures:
     def encode(self, adata: AnnData, x: Any, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Expression times vectors ``(cell, gene, dim)``, 0 for genes without; see :class:`FeatureEncoder`."""
         vectors = self.table.reindex(self._names(adata)).to_numpy(dtype=np.float32)
-        return _dense(row_source(x)[rows])[:, :, None] * np.nan_to_num(vectors)[None]
+        return as_dense(row_source(x)[rows])[:, :, None] * np.nan_to_num(vectors)[None]
 
     def _names(self, adata: AnnData) -> pd.Index:
         if self.gene_symbols_key is None:
@@ -409,10 +410,6 @@ def encode_checked(encoder: FeatureEncoder, adata: AnnData, x: Any, rows: NDArra
             "its features for all cells, or leave these cells out."
         )
     return values
-
-
-def _dense(block: Any) -> NDArray[np.float32]:
-    return np.asarray(block.toarray() if sp.issparse(block) else block, dtype=np.float32)
 
 
 def _double(block: Any) -> Any:

@@ -15,8 +15,8 @@ _PRIOR_CELLS = 3.0
 _LEAST_LEVEL, _LARGEST_LEVEL = 0.5, 3.0
 # What is kept of an expressed gene is not zero.
 _LEAST_VALUE = 0.05
-# Spread of the logarithm of newly expressed values.
-_SPREAD = 0.3
+# Standard deviation of newly expressed values, which are logarithms.
+_SPREAD = 0.5
 
 
 class Transport(NamedTuple):
@@ -25,7 +25,7 @@ class Transport(NamedTuple):
     keep: Tensor  # probability that a cell that expresses the gene still does
     add: Tensor  # what is added to its value
     fill: Tensor  # probability that a cell that does not express it begins to
-    level: Tensor  # value at which it begins, as a multiple of the mean value of the genes that the cell expresses
+    level: Tensor  # value at which it begins, above the mean value of the genes that the cell expresses
 
 
 def expected_transport(
@@ -63,7 +63,7 @@ def expected_transport(
         torch.where(still, one, keep),
         torch.where(still, zero, level - before),
         torch.where(still, zero, fill),
-        level / overall,
+        level - overall,
     )
 
 
@@ -85,9 +85,9 @@ def move_cells(control: Tensor, transport: Transport, uniform: Tensor, normal: T
     """
     expressed = control > 0
     kept = (control + transport.add).clamp(min=_LEAST_VALUE)
-    # a cell that was sequenced deeply has a larger share of everything
+    # what a cell expresses at all is seen at a value that depends on its depth; values are logarithms, so factors add up
     own = control.sum(1, keepdim=True) / expressed.sum(1, keepdim=True).clamp(min=1)
-    new = transport.level * own * (_SPREAD * normal - _SPREAD**2 / 2).exp()
+    new = (own + transport.level + _SPREAD * normal).clamp(min=_LEAST_VALUE)
     here = expressed & (uniform < transport.keep)
     begins = ~expressed & (uniform < transport.fill)
     return torch.where(here, kept, torch.where(begins, new, 0.0))

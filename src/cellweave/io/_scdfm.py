@@ -28,8 +28,8 @@ _GRAPH, _LABELS = "encoder.perturbation_interaction.", "perturbation_embedder."
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 # Tensors that tell the sizes.
 _TABLE, _SUBLN = "encoder.embedding.weight", "blocks.0.diff_self_attn.attn.subln.weight"
-# Weights of our module that the published one computes from its mask.
-_OWN = {"encoder.allowed_bits"}
+# Buffers that are ours alone: the gene graph, which the published code keeps elsewhere, and what a model adds.
+_OWN = ("encoder.allowed_bits", "anchors.")
 _ADVICE = "give the `checkpoint.pt` of an scDFM run, or its `model_state_dict`"
 
 
@@ -124,7 +124,7 @@ class ScDFMCheckpoint:
         ValueError
             If the module has other weights.
         """
-        expected = {n: tuple(t.shape) for n, t in module.state_dict().items() if n not in _OWN}
+        expected = {n: tuple(t.shape) for n, t in module.state_dict().items() if not n.startswith(_OWN)}
         found = {n: tuple(t.shape) for n, t in self.weights.items()}
         if wrong := [n for n in {**expected, **found} if expected.get(n) != found.get(n)]:
             raise ValueError(

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 from scvi import settings
 from sklearn.decomposition import PCA
 
-from cellweave.data import GroupStarts, Screen, row_source
+from cellweave.data import GroupStarts, Screen, as_dense, row_source
 from cellweave.flow import expected_transport
 from cellweave.module import AnchorTable
 from cellweave.stats import ANCHORS, AnchorRule, Evidence, ShiftTable, choose_anchors, expected_shift, with_contexts
@@ -105,8 +104,8 @@ class AnchorMixin:
         shifts = [np.array([expected_shift(m, *pair, rules) for pair in pairs]) for m in means]
         mean, detection = (np.nan_to_num(m.table.control_mean[rows]) for m in means)
         n_cells = torch.from_numpy(means[0].table.control_count[rows])
-        inputs = (torch.from_numpy(a).double() for a in (mean, detection, *shifts))
-        transport = torch.stack(expected_transport(*inputs, n_cells), dim=1).float().numpy()
+        m0, f0, m1, f1 = (torch.from_numpy(a).double() for a in (mean, detection, *shifts))
+        transport = torch.stack(expected_transport(m0, f0, m1, f1, n_cells), dim=1).float().numpy()
         return transport, np.stack([mean, shifts[0]], axis=1).astype(np.float32)
 
     def _means_with(self, contexts: tuple[str, ...], context: NDArray[np.int64], x: NDArray[np.float32]) -> Means:
@@ -149,20 +148,19 @@ def _axes(x: Any, rows: NDArray[np.int64]) -> NDArray[np.float64]:
     """First principal components of training cells ``(gene, component)``."""
     rng = np.random.default_rng(settings.seed or 0)
     used = np.sort(rows if len(rows) <= _PCA_CELLS else rng.choice(rows, _PCA_CELLS, replace=False))
-    cells = row_source(x).take(used)
-    cells = cells.toarray() if sp.issparse(cells) else np.asarray(cells)
+    cells = as_dense(row_source(x).take(used))
     n_components = min(_N_COMPONENTS, *(size - 1 for size in cells.shape))
     if n_components < 1:
         return np.eye(cells.shape[1])
-    return PCA(n_components, random_state=0).fit(cells.astype(np.float32)).components_.T.astype(np.float64)
+    return PCA(n_components, random_state=0).fit(cells).components_.T.astype(np.float64)
 
 
 def _evidence(x: Any, screen: Screen, rows: NDArray[np.int64], genes: Sequence[str], is_rate: bool) -> Evidence:
     """Means, or detection rates, of the training cells; contexts in the order of the screen."""
     used = np.sort(rows)
-    values = row_source(x).take(used)
+    values: Any = row_source(x).take(used)
     if is_rate:
-        values = values.sign() if sp.issparse(values) else np.sign(values)
+        values = (values > 0).astype(np.float32)
     conditions, contexts = screen.conditions, screen.contexts
     evidence = Evidence.from_cells(
         values,

@@ -18,7 +18,7 @@ __all__ = ["CalibrationMixin", "Trust", "held_out_groups"]
 # With fewer groups none can be spared; of more, this share is held out, up to a number.
 _LEAST_GROUPS, _SHARE, _MOST_HELD_OUT = 3, 0.15, 12
 # Cells and genes by which a group is judged, and groups of a kind.
-_CELLS, _GENES, _GROUPS = 64, 500, 12
+_CELLS, _GENES, _GROUPS = 32, 500, 8
 
 
 class Trust(NamedTuple):

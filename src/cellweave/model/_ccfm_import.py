@@ -59,7 +59,7 @@ class FlowImportMixin:
                 f"`{path}` knows perturbations by labels (drugs); read it with `cellweave.io.read_scdfm` and "
                 "`CascadedFlowModule(**checkpoint.module_arguments())`."
             )
-        model = cls(
+        model = cls(  # type: ignore[call-arg]
             adata,
             n_hidden=checkpoint.n_hidden,
             n_layers=checkpoint.n_layers,

@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 import torch
 from anndata import AnnData
 from numpy.typing import NDArray
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from cellweave._keys import REGISTRY_KEYS
 from cellweave._types import Indices
-from cellweave.data import context_names, match_genes, row_source
+from cellweave.data import as_dense, context_names, match_genes, row_source
 from cellweave.flow import Guidance, time_grid
 from cellweave.module import UNKNOWN, FlowSample, FlowSolver
 
@@ -255,8 +254,7 @@ class FlowPredictionMixin:
 
     def _cells(self, data: AnnData, rows: NDArray[np.int64]) -> _Cells:
         unique, place = np.unique(rows, return_inverse=True)
-        x = row_source(self._expression_of(data)).take(unique)
-        x = x.toarray() if sp.issparse(x) else np.asarray(x)
+        x = as_dense(row_source(self._expression_of(data)).take(unique))
         known = self._facts["contexts"]
         keys = self._setup["pairing_keys"]
         contexts, context = context_names(data.obs.iloc[rows], keys, known)
@@ -264,7 +262,7 @@ class FlowPredictionMixin:
         if self._setup["categorical_covariate_keys"]:
             manager = self.get_anndata_manager(data, required=True)
             covariates = np.asarray(manager.get_from_registry(REGISTRY_KEYS.CATEGORIES), dtype=np.int64)[rows]
-        return _Cells(np.ascontiguousarray(x[place], dtype=np.float32), rows, context, contexts, covariates)
+        return _Cells(x[place], rows, context, contexts, covariates)
 
     # ---------------------------------------------------------------- the flow
 

@@ -311,7 +311,10 @@ class FlowRepresentationMixin:
         conditions = [*dict.fromkeys([parts, (), *others])]
         expected = self._expected(cells, conditions) or []
         starts = {
-            condition: tuple(torch.from_numpy(a[cells.context]).to(device) for a in start)
+            condition: (
+                torch.from_numpy(start.transport[cells.context]).to(device),
+                torch.from_numpy(start.reference[cells.context]).to(device),
+            )
             for condition, start in zip(conditions, expected, strict=False)
         }
         latent = None

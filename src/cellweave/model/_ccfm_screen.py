@@ -21,6 +21,7 @@ from cellweave.data import (
     PairTables,
     PerturbationTokens,
     Screen,
+    as_dense,
     coexpression_mask,
     pad_mask,
     row_source,
@@ -219,7 +220,7 @@ def _forbidden(
             )
         x = row_source(x).take(np.sort(rows))
         return tokens.pad(coexpression_mask(x, genes, top_k, n_special=len(SPECIAL_TOKENS)))
-    linked = graph.toarray() if sp.issparse(graph) else np.asarray(graph)
+    linked = as_dense(graph)
     if linked.shape != (len(genes), len(genes)):
         raise ValueError(
             f"`gene_graph` must be a matrix (gene, gene) of the {len(genes)} genes of the data, got the shape {linked.shape}; "

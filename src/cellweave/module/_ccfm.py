@@ -29,13 +29,13 @@ from cellweave.objective import (
 
 from ._ccfm_draws import GENES, FlowDraws, expected_change, own_generator, rows_with_weight, take
 from ._ccfm_generation import FlowGeneration, FlowOrigin, NoiseKind
-from ._ccfm_network import FlowLayout, LatentLevel, TwoStreamNetwork
+from ._ccfm_network import FlowLayout, LatentLevel
 from ._ccfm_sampling import Stage1Input
 
 __all__ = ["CascadedFlowModule"]
 
 
-class CascadedFlowModule(FlowGeneration, TwoStreamNetwork, BaseModuleClass):
+class CascadedFlowModule(FlowGeneration, BaseModuleClass):
     r"""Cascaded flow matching for perturbed cells.
 
     Two streams flow from noise at the time 0 to data at the time 1: the expression of a perturbed cell and features of

@@ -10,7 +10,7 @@ from torch import Tensor
 from cellweave.flow import cell_uniform, gaussian_noise, poisson_noise, poisson_rate
 
 from ._ccfm_draws import evaluating, expected_change
-from ._ccfm_network import LatentLevel
+from ._ccfm_network import TwoStreamNetwork
 from ._ccfm_sampling import CascadeSampler, FlowSample, FlowSolver, FlowStart, Stage1Input
 
 __all__ = ["FlowGeneration", "FlowOrigin", "NoiseKind"]
@@ -22,18 +22,14 @@ FlowOrigin = Literal["noise", "control"]
 _EXPRESSION, _LATENT, _GATE, _MOVE, _MOVED = range(5)
 
 
-class FlowGeneration:
+class FlowGeneration(TwoStreamNetwork):
     """Sampling of the module of the cascaded flow."""
 
     noise: NoiseKind
     noise_target_sum: float | None
     start: FlowOrigin
     start_noise: float
-    n_latent: int
-    latent_level: LatentLevel
     stage1_expression_input: Stage1Input
-    gate_layer: torch.nn.Module | None
-    p_mask_embed: Tensor
 
     def draw_start(self, control: Tensor, cells: Tensor, seed: int, anchor: Tensor | None = None) -> FlowStart:
         """Where the flows of cells start; its noise belongs to the number of a cell, not to its place in a batch.

@@ -257,11 +257,8 @@ def condition_kind(table: ShiftTable, condition: Condition) -> str:
     """``"single"``, or how many parts of a combination were measured alone: ``"none"``, ``"some"`` or ``"all"``."""
     if len(condition) < 2:
         return "single"
-    alone = {
-        known[0]
-        for known, seen in zip(table.conditions, table.is_observed.any(0), strict=True)
-        if seen and len(known) == 1
-    }
+    measured = np.flatnonzero(table.is_observed.any(axis=0) & (table.n_parts == 1))
+    alone = {table.conditions[i][0] for i in measured}
     n_seen = len(alone.intersection(condition))
     return "none" if n_seen == 0 else "all" if n_seen == len(condition) else "some"
 
