@@ -29,6 +29,9 @@ __all__ = ["GroupStarts", "PairDataset", "PairLoader", "PairSplitter", "PairTabl
 
 Pairing = Literal["random", "ot"]
 
+# Validation is a look at the curve, not a measurement: it must not cost as much as training.
+_MOST_VALIDATION_STEPS = 5
+
 
 class GroupStarts(NamedTuple):
     """Where the flows of control cells start, looked up by group."""
@@ -258,8 +261,8 @@ class PairSplitter(LightningDataModule):
         self.n_train, self.n_val = len(self.train_idx), int((~control[self.val_idx]).sum())
         if self.n_train == 0:
             raise ValueError(f"The split leaves no training cell of {len(part)}; raise `train_size`.")
-        # steps of validation, in which every cell is drawn about once
-        self.n_val_batches = int(np.clip(-(-self.n_val // batch_size), 1, 20))
+        # in a small set every cell is drawn about once
+        self.n_val_batches = int(np.clip(-(-self.n_val // batch_size), 1, _MOST_VALIDATION_STEPS))
         self.data_loader_kwargs = {
             "n_sets": n_sets,
             "n_cells": batch_size // n_sets,

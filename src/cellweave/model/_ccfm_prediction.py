@@ -290,7 +290,8 @@ class FlowPredictionMixin:
         parts = [slice(start, min(start + size, n_cells)) for start in range(0, n_cells, size)]
         for part in track(parts, description="Predicting cells", disable=len(parts) < 8, style="tqdm"):
             for i, told in enumerate(inputs):
-                share = self._shares(cells, conditions[i], part) if trust is None else torch.full((1, 1), trust)
+                contexts = [cells.contexts[j] for j in cells.context[part].tolist()]
+                share = self._shares(contexts, conditions[i]) if trust is None else torch.full((1, 1), trust)
                 begin = None if expected is None else expected[i]
                 sample = self._flow(cells, part, genes, kept, told, begin, how, seed, share, return_latent)
                 out[i, part] = sample.expression.clamp(min=0).cpu().numpy()
@@ -335,12 +336,12 @@ class FlowPredictionMixin:
         x = torch.lerp(start.expression.to(end.expression), end.expression.clamp(min=0), share.to(end.expression))
         return end._replace(expression=x)
 
-    def _shares(self, cells: _Cells, condition: tuple[str, ...], part: slice) -> Tensor:
-        """How far each cell follows the flow ``(cell, 1)``."""
+    def _shares(self, contexts: Sequence[str], condition: tuple[str, ...]) -> Tensor:
+        """How far cells of these contexts follow the flow of a condition ``(cell, 1)``."""
         if self.module.start == "noise":
             return torch.ones(1, 1)
         trained = self._trained_contexts(condition)
-        is_seen = torch.tensor([cells.contexts[i] in trained or not condition for i in cells.context[part].tolist()])
+        is_seen = torch.tensor([context in trained or not condition for context in contexts])
         return torch.where(is_seen, self.trust.seen, self.trust.unseen)[:, None]
 
     def _perturbation_inputs(

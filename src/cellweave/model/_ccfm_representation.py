@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cellweave._types import Indices
 from cellweave.data import context_names
-from cellweave.module import CascadeSampler, FlowSample, FlowSolver, FlowStart, embed_cells, evaluating, invert_flow
+from cellweave.module import CascadeSampler, FlowSolver, FlowStart, embed_cells, evaluating, invert_flow
 
 from ._ccfm_prediction import _TOKENS, _as_layer, _Cells
 from ._contexts import all_cells
@@ -31,6 +31,7 @@ class _Part(NamedTuple):
 
     rows: NDArray[np.int64]  # positions in the data
     parts: tuple[str, ...]  # what was perturbed
+    contexts: list[str]  # name of the context of each cell
     x: Tensor  # (cell, gene)
     control: Tensor  # (cell, gene): a control cell of the context beside each cell; a control cell has itself
     # of each condition, without a start from noise: expected move of control cells (cell, 4, gene), and what the flow reads
@@ -64,9 +65,8 @@ class FlowRepresentationMixin:
             Cells that are computed together; chosen by the number of genes by default.
         kind
             ``"backbone"``: mean over genes of the last tokens of the network, which sees the cell as a finished one beside a
-            control cell of its context and not its label ``(cell, n_hidden)``. ``"noise"``: where the flow that
-            ends at the cell starts, relative to where its condition starts ``(cell, gene)``: what is left of a cell without
-            its condition. ``"features"``: the standardised features of the encoder ``(cell, latent)``.
+            control cell of its context and not its label ``(cell, n_hidden)``. ``"noise"``: where the flow that ends at the cell
+            starts, minus the mean start of its context and condition ``(cell, gene)``: what is left of a cell without them. ``"features"``: the standardised features of the encoder ``(cell, latent)``.
         key_added
             Key of ``obsm`` to write; nothing is written by default. Cells that are not in ``indices`` are NaN there.
         seed
@@ -154,10 +154,13 @@ class FlowRepresentationMixin:
         place = self._result_place(adata, "layers", key_added, overwrite=overwrite)
 
         def compute(part: _Part) -> Tensor:
-            start = self._start_of(part, how, seed)
-            moved, again = (self._follow(part, parts, start, how, dosages, seed) for parts in (condition, part.parts))
-            # the factual end is computed too, so that the error of the solver cancels
-            return moved.expression.clamp(min=0) - again.expression.clamp(min=0)
+            if condition == part.parts:
+                return torch.zeros_like(part.x)
+            start = self._start_of(part, how)
+            other = self._moved(part, condition, start, seed)
+            # the factual end is computed like the other, so that the errors of both cancel
+            moved = self._follow(part, condition, other, how, dosages)
+            return moved.clamp(min=0) - self._follow(part, part.parts, start, how, None).clamp(min=0)
 
         with self._registered(adata) as data:
             rows, order = self._rows(data, indices)
@@ -200,15 +203,21 @@ class FlowRepresentationMixin:
 
     # ---------------------------------------------------------------- pieces
 
-    def _start_of(self, part: _Part, how: FlowSolver, seed: int) -> FlowStart:
-        """Where the flows of measured cells start, relative to the anchor of their condition."""
-        told = {
-            name: value.to(part.x.device) for name, value in self._perturbation_inputs([part.parts], None)[0].items()
-        }
-        change = self._change(part, part.parts, seed)
-        sampler = CascadeSampler(self.module, self._gene_tokens(), part.control, change, self._read(part, part.parts))
-        start = invert_flow(sampler, sampler.read(**told, covariates=part.covariates), part.x, part.latent, how)
-        return start if change is None else start._replace(expression=start.expression - change)
+    def _start_of(self, part: _Part, how: FlowSolver) -> FlowStart:
+        """Where the flows start that end at measured cells."""
+        told = self._perturbation_inputs([part.parts], None)[0]
+        told = {name: value.to(part.x.device) for name, value in told.items()}
+        sampler = CascadeSampler(self.module, self._gene_tokens(), part.control, reference=self._read(part, part.parts))
+        return invert_flow(sampler, sampler.read(**told, covariates=part.covariates), part.x, part.latent, how)
+
+    def _moved(self, part: _Part, parts: tuple[str, ...], start: FlowStart, seed: int) -> FlowStart:
+        """The start under another condition: without the expected change of the own one, and with that of the other."""
+        own = self._read(part, part.parts)
+        if own is None:  # noise is the same under all conditions
+            return start
+        control = (start.expression - own[:, 1]).clamp(min=0)
+        change = self.module.draw_change(control, part.starts[parts][0], torch.from_numpy(part.rows), seed)
+        return start._replace(expression=control + change)
 
     def _follow(
         self,
@@ -217,32 +226,18 @@ class FlowRepresentationMixin:
         start: FlowStart,
         how: FlowSolver,
         dosages: Mapping[str, float] | None,
-        seed: int,
-    ) -> FlowSample:
-        """The flow under a condition from a start relative to its anchor."""
+    ) -> Tensor:
+        """Cells of a condition ``(cell, gene)``, as far along the flow as it is trusted."""
         told = self._perturbation_inputs([parts], dosages)[0]
-        change = self._change(part, parts, seed)
-        begin = start if change is None else start._replace(expression=start.expression + change)
-        return self.module.sample(
-            self._gene_tokens(),
-            part.control,
-            start=begin,
-            how=how,
-            anchor=change,
-            reference=self._read(part, parts),
-            covariates=part.covariates,
-            **told,
-        )
-
-    def _change(self, part: _Part, parts: tuple[str, ...], seed: int) -> Tensor | None:
-        """Expected change of the control cells under a condition; the same draws under all of them."""
-        if parts not in part.starts:
-            return None
-        return self.module.draw_change(part.control, part.starts[parts][0], torch.from_numpy(part.rows), seed)
+        read = self._read(part, parts)
+        end = self.module.sample(
+            self._gene_tokens(), part.control, start=start, how=how, reference=read, covariates=part.covariates, **told
+        ).expression
+        return torch.lerp(start.expression, end, self._shares(part.contexts, parts).to(end))
 
     @staticmethod
     def _read(part: _Part, parts: tuple[str, ...]) -> Tensor | None:
-        """What the flow reads of the context instead of the control cell."""
+        """What the flow reads of the context instead of the control cell ``(cell, 2, gene)``."""
         return part.starts[parts][1] if parts in part.starts else None
 
     def _gene_tokens(self) -> Tensor:
@@ -259,8 +254,9 @@ class FlowRepresentationMixin:
         return embed_cells(sampler, part.x, part.latent)
 
     def _noise(self, part: _Part) -> Tensor:
-        start = self._start_of(part, self._solver("midpoint", 10, 1.0), 0).expression
-        return start if self.module.start == "noise" else start - part.control
+        start = self._start_of(part, self._solver("midpoint", 10, 1.0)).expression
+        read = self._read(part, part.parts)
+        return start if read is None else start - read.sum(1)
 
     def _by_condition(
         self,
@@ -321,7 +317,8 @@ class FlowRepresentationMixin:
         if self.module.n_latent:
             latent = torch.from_numpy(self._encoded(data, rows[place])).to(device)
         covariates = None if cells.covariates is None else torch.from_numpy(cells.covariates).to(device)
-        return _Part(rows[place], parts, x, control, starts, latent, covariates)
+        contexts = [cells.contexts[i] for i in cells.context.tolist()]
+        return _Part(rows[place], parts, contexts, x, control, starts, latent, covariates)
 
     def _beside(self, data: AnnData, cells: _Cells, seed: int) -> NDArray[np.float32]:
         """A control cell of the context beside each cell, which does not depend on the others."""

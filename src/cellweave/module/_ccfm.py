@@ -105,7 +105,7 @@ class CascadedFlowModule(FlowGeneration, BaseModuleClass):
     condition_dropout
         Probability that a cell's perturbation is hidden in training, which guidance needs.
     n_genes_per_step
-        Number of genes drawn for a training step; all by default.
+        Number of genes drawn for a step of training or validation; all by default.
     start
         Start of the expression: ``"noise"``, or the ``"control"`` cell plus its anchor, if the batch has one.
     start_noise
@@ -224,7 +224,7 @@ class CascadedFlowModule(FlowGeneration, BaseModuleClass):
         control, latent = tensors[FLOW_KEYS.CONTROL], tensors.get(FLOW_KEYS.LATENT)
         n_cells, n_genes = control.shape
         genes = None
-        if self.training and self.n_genes_per_step and self.n_genes_per_step < n_genes:
+        if self.n_genes_per_step and self.n_genes_per_step < n_genes:
             shared = step_generator(tensors, GENES)
             genes = torch.randperm(n_genes, generator=shared)[: self.n_genes_per_step]
             control = control[:, genes.to(control.device)]
