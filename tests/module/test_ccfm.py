@@ -261,7 +261,8 @@ def test_gene_subset_of_a_step():
     torch.testing.assert_close(inference["has_latent"], places % 2 == 0)
     ends = inference["z_t"] + (1 - inference["t_latent"])[:, None, None] * inference["u_latent"]
     torch.testing.assert_close(ends, batch[FLOW_KEYS.LATENT][:, places], rtol=1e-4, atol=1e-5)
-    assert module.eval().inference(**module._get_inference_input(batch))["genes"].shape == (N_GENES,)
+    # validation of thousands of genes would cost more than training
+    assert module.eval().inference(**module._get_inference_input(batch))["genes"].shape == (4,)
 
 
 def test_first_stage_sees_in_training_what_it_sees_in_sampling():
