@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -30,6 +31,8 @@ Array = NDArray[np.float64]
 _MAX_SCALE = 1.0
 # Groups of fewer cells say too little to choose by.
 _LEAST_CELLS = 15
+# More groups say little more, and a linear map of more conditions takes too long to be fitted once for each of them.
+_MOST_GROUPS, _MANY = 300, 300
 # Standard errors by which a factor must differ from one.
 _N_ERRORS = 2
 # Differences of correlation by which a context counts less: as a source of an effect, and as an example of a transfer.
@@ -85,12 +88,27 @@ class Evidence:
 
     def without(self, context: str, condition: Condition) -> Evidence:
         """The evidence as if one condition had not been measured in one context."""
-        return replace(self, table=self.table.without(context, condition))
+        row, column = self.table.row(context), self.table.column(condition)
+        if row < 0 or column < 0 or not self.table.is_observed[row, column]:
+            return self
+        # no cells, no shift: the shifts themselves, which may take gigabytes, are not copied
+        count = self.table.count.copy()
+        count[row, column] = 0
+        return replace(self, table=replace(self.table, count=count))
 
     def shrunken(self, how: str) -> Evidence:
-        """The evidence with the effects of single perturbations shrunken; see :func:`shrink_effects`."""
+        """The evidence with the effects of single perturbations shrunken, each by itself; see :func:`shrink_effects`."""
         if how == "none":
             return self
+        if how not in self._shrunken:
+            self._shrunken[how] = self._shrink(how)
+        return self._shrunken[how]
+
+    @cached_property
+    def _shrunken(self) -> dict[str, Evidence]:
+        return {}
+
+    def _shrink(self, how: str) -> Evidence:
         shift = self.table.shift.copy()
         for row, column in self._singles():
             variance = self.variance[row, column] + self.control_variance[row]
@@ -288,12 +306,16 @@ def choose_anchors(evidence: Evidence, axes: Array | None = None) -> list[Anchor
     tried: dict[tuple[str, str], list[Array]] = {}
     enough = evidence.table.is_observed & (evidence.table.count >= _LEAST_CELLS)
     enough &= (evidence.table.control_count >= _LEAST_CELLS)[:, None]
-    for row, column in np.argwhere(enough):
+    groups = np.argwhere(enough)
+    if len(groups) > _MOST_GROUPS:
+        groups = groups[np.random.default_rng(0).permutation(len(groups))[:_MOST_GROUPS]]
+    candidates = [name for name in _CANDIDATES if name != "gene_linear" or len(evidence.table.conditions) <= _MANY]
+    for row, column in groups:
         context, condition = evidence.table.contexts[row], evidence.table.conditions[column]
         truth = _along(evidence.table.shift[row, column], axes)
         rest, small = (e.without(context, condition) for e in (evidence, shrunken))
         kind = condition_kind(rest.table, condition)
-        for name in _CANDIDATES:
+        for name in candidates:
             shift = ANCHORS[name](small if name == "additive" else rest, context, condition)
             if shift is not None:
                 guess, n = _along(shift, axes), evidence.table.count[row, column]
@@ -326,7 +348,8 @@ def expected_shift(evidence: Evidence, context: str, condition: Condition, rules
     """
     rest = evidence.without(context, condition)
     for rule in _ordered(rest.table, condition, rules) if condition else ():
-        source = rest.shrunken(rule.shrinkage) if rule.name == "additive" else rest
+        # shrunken once for all conditions, and then without this one
+        source = evidence.shrunken(rule.shrinkage).without(context, condition) if rule.name == "additive" else rest
         shift = ANCHORS[rule.name](source, context, condition)
         if shift is not None:
             return rule.scale * shift
