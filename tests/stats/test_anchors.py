@@ -60,6 +60,20 @@ def test_variances_are_those_of_means():
         np.testing.assert_allclose(evidence.noise[0, 0], (x[:50].var(0, ddof=1) + x[50:].var(0, ddof=1)).sum() / 50)
 
 
+def test_single_cells_have_a_variance():
+    """Protects screens with contexts or conditions of one cell: no NaN may spread from a mean of a single cell."""
+    x, conditions, where = _screen({("A",): _effect(1)}, n_cells=20, contexts=("a", "b"))
+    kept = [i for i, (k, w) in enumerate(zip(conditions, where, strict=True)) if w == "a" or i % 20 == 0]
+    genes = [f"g{i}" for i in range(N_GENES)]
+    evidence = Evidence.from_cells(x[kept], [conditions[i] for i in kept], [where[i] for i in kept], genes)
+    assert evidence.table.count.tolist() == [[20], [1]]
+    assert evidence.table.control_count.tolist() == [20, 1]
+    for values in (evidence.variance, evidence.control_variance):
+        assert np.isfinite(values).all()
+        np.testing.assert_allclose(values[1], 20 * values[0], rtol=1.5)
+    assert np.isfinite(expected_shift(evidence, "b", ("A",), choose_anchors(evidence))).all()
+
+
 def test_additive_doubles_are_found_by_the_sum_of_their_parts():
     """Protects the start of flows of combinations: of all simple predictions the sum is chosen, at its full size."""
     parts = {(name,): _effect(2 * i, 2 * i + 1, size=1.5 - i) for i, name in enumerate("ABCD")}

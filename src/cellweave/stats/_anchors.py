@@ -76,9 +76,11 @@ class Evidence:
         control = table.control_mean[:, None]
         means = np.concatenate([control, control + table.shift], axis=1)
         with np.errstate(invalid="ignore", divide="ignore"):
-            variance = (second - means**2) / (count - 1)
-        # a single cell says nothing of its own spread: that of the control cells stands in
-        variance = np.where(count == 1, variance[:, :1] * count[:, :1], np.maximum(variance, 0))
+            spread = np.where(count > 1, np.maximum(second - means**2, 0) * count / (count - 1), np.nan)
+            # a single cell says nothing of its own spread: that of the control cells stands in, or that of all groups
+            spread = np.where(np.isnan(spread), spread[:, :1], spread)
+            spread = np.where(np.isnan(spread), _mean_over_groups(spread), spread)
+            variance = np.where(count > 0, spread / count, np.nan)
         return cls(table, variance[:, 1:], variance[:, 0])
 
     @property
@@ -128,6 +130,12 @@ class Evidence:
     def _singles(self) -> list[tuple[int, int]]:
         where = np.argwhere(self.table.is_observed & (self.table.n_parts == 1) & (self.table.count > 1))
         return [(int(row), int(column)) for row, column in where]
+
+
+def _mean_over_groups(spread: Array) -> Array:
+    """Mean spread of the groups that have one ``(gene,)``; 0 without any."""
+    known = ~np.isnan(spread)
+    return np.where(known, spread, 0).sum((0, 1)) / np.maximum(known.sum((0, 1)), 1)
 
 
 def context_response(evidence: Evidence, context: str, condition: Condition) -> Array | None:
