@@ -43,6 +43,10 @@ def expected_transport(
         Expected changes of both ``(..., gene)``.
     n_cells
         Number of control cells ``(...)``.
+
+    Returns
+    -------
+    The transport ``(..., gene)``; without an expected change nothing moves.
     """
     n = n_cells[..., None].to(mean)
     overall = (mean.sum(-1, keepdim=True) / detection.sum(-1, keepdim=True).clamp(min=1e-9)).clamp(min=_LEAST_VALUE)

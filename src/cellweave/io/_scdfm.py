@@ -151,6 +151,10 @@ def read_scdfm(
         Whether perturbations are labels (drugs) instead of genes. Published files have a table of labels in either case and
         do not say whether it was used; by default it was where there is no gene graph. An unused table is left out.
 
+    Returns
+    -------
+    The checkpoint. :meth:`cellweave.model.CascadedFlowModel.load_scdfm_checkpoint` makes a model of it in one step.
+
     Raises
     ------
     ModelFileError

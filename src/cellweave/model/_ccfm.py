@@ -48,9 +48,10 @@ class CascadedFlowModel(
     """Predict the cells of a perturbation from control cells.
 
     Cells flow from where a simple prediction puts them (control cells, shifted as other contexts or other perturbations
-    suggest) or from noise to where perturbed cells were measured, along the velocities of a network that sees the control
-    cell and the perturbation. With an encoder, features of the perturbed cell flow first and the expression given them.
-    ``encoder="none"`` is scDFM with the same code.
+    suggest) or from noise to where perturbed cells were measured, along the velocities of a network that is told the
+    perturbation and the control cells: their mean in the context, or, from noise, one of them. Predictions follow the flow as
+    far as groups that were left out of training support, see :attr:`trust`. With an encoder, features of the perturbed cell
+    flow first, and the expression given them.
 
     Parameters
     ----------
@@ -58,7 +59,8 @@ class CascadedFlowModel(
         AnnData registered with :meth:`setup_anndata`.
     encoder
         Features of perturbed cells that are made first: ``"none"``, ``"pca"``, ``"obsm:KEY"``, a trained model with
-        ``get_latent_representation``, or a :class:`~cellweave.data.FeatureEncoder`. Needed for training only.
+        ``get_latent_representation``, a function of the expression, or a :class:`~cellweave.data.FeatureEncoder`. It is not
+        saved: a loaded model predicts without it, but cannot train or embed cells.
     registry
         Registry of a saved model, used by :meth:`load` in place of data.
     n_hidden
@@ -79,13 +81,15 @@ class CascadedFlowModel(
     graph_top_k
         Genes that every gene is linked to by co-expression, at least.
     perturbation_reps
-        Representations of perturbations, one row each (fingerprints of drugs, embeddings of proteins): what makes
-        perturbations predictable that were not in the training cells.
+        Representations of single perturbations, one row each (fingerprints of drugs, embeddings of proteins), their names as
+        index: what makes perturbations predictable that were not in the training cells.
     anchor
         Simple prediction from which the flow starts: a name in ``cellweave.stats.ANCHORS``, ``"auto"`` for the ones
-        that did best on held-out training groups (and as much of their effect as did best), or None.
+        that did best on training groups that were left out in turn (and as much of their effect as did best), or None for
+        control cells as they are. Not used with ``start="noise"``.
     start
-        ``"control"`` flows from the shifted control cell, ``"noise"`` from noise, as published.
+        ``"control"`` flows from control cells, moved to the expected mean and share of zeros; ``"noise"`` from noise, as
+        published.
     start_noise
         Standard deviation of the noise on the control cell, with ``start="control"``.
     choose_latent_p
@@ -93,13 +97,13 @@ class CascadedFlowModel(
     latent_weight, mmd_weight
         Weights of the loss of the features and of the maximum mean discrepancy.
     latent_noise
-        Expression is taught beside features that are up to this far from finished.
+        Expression is taught beside features at a time in ``[1 - latent_noise, 1]``: up to this far from finished.
     time_mode
         How times are drawn, see :class:`~cellweave.flow.CascadedTimes`.
     stage1_expression_input
         Expression beside which features are made: ``"noise"`` (the start of the flow) or ``"control"``.
     noise
-        ``"gaussian"`` or ``"poisson"``.
+        ``"gaussian"``, or with ``start="noise"`` also ``"poisson"``: counts at the rates of the control cell.
     adapter_residual
         Add the adapters of the perturbation to the stream; the published model replaces the stream by them.
     condition_dropout
@@ -108,11 +112,11 @@ class CascadedFlowModel(
         Dropout rate while training.
     zero_gate
         Learn which genes of a cell are zero, and draw the zeros of predicted cells from that. With ``start="control"`` zeros
-        mostly come from the control cells; from noise there would be hardly any without.
+        come from the control cells; from noise, without a gate, a value is zero only where the flow ends below zero.
     layout
         ``"scdfm"`` is the published single-stream network with its own order of sums, adapters that replace the stream, single
         perturbations as the mean of their token and the token ``control``, and 8 heads along the gene graph, whatever the other
-        arguments say; its checkpoints need it.
+        arguments say; its checkpoints need it. It has no features, and is meant for ``anchor=None, start="noise"``.
 
     Examples
     --------
@@ -259,8 +263,9 @@ class CascadedFlowModel(
         accelerator, devices
             As in scvi-tools and Lightning; ``"auto"`` uses one GPU where there is one.
         train_size, validation_size
-            Shares of training and validation cells of every condition, 0.9 and 0.1 by default; the rest is the test set. Not
-            used where ``split_key`` says it.
+            Shares of training and validation cells of every condition, 0.9 and 0.1 by default; the rest is the test set. All
+            of them are in the means that flows start from: cells to test on must not be in the data, or be kept out by
+            ``split_key``, which is used instead where it was given.
         shuffle_set_split
             Split at random; in row order otherwise.
         batch_size
@@ -276,7 +281,7 @@ class CascadedFlowModel(
             at random, as published.
         calibrate
             Leave some groups (a condition in a context) out of training, to measure with them how far predictions of others
-            should follow the flow; see :attr:`trust`. Without, they follow it all the way.
+            should follow the flow; see :attr:`trust`. Without, and with ``start="noise"``, they follow it all the way.
         early_stopping
             Stop when ``validation_loss`` no longer falls.
         lr

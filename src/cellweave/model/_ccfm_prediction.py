@@ -77,26 +77,29 @@ class FlowPredictionMixin:
             Data with control cells; the control cells of the model's own data by default. Without the column
             ``perturbation_key`` all cells count as control cells. Genes are matched by name.
         indices
-            Rows of it to choose control cells from; all by default.
+            Rows of these data to choose control cells from; all by default.
         n_cells
             Cells per condition, drawn from the control cells (each once, as long as there are enough); None makes one cell
             of every control cell.
         covariates
             Only control cells with these values, for example ``{"cell_type": "B cells"}``; a list allows several.
         dosages
-            Dose of what is perturbed, ``{"drug": 0.5}``; the median dose of the training cells by default.
+            Dose of what is perturbed, ``{"drug": 0.5}``; the usual dose by default, which is the median over its treatments in
+            the training cells.
         unseen
             What to do with a perturbation of which nothing is known: an error, or ``"average"`` to predict the average one.
         genes
             Predict these genes only, which is faster; the network then sees only them.
         solver
-            ``"euler"``, ``"midpoint"``, ``"heun"``, ``"rk4"``, or adaptive; see :func:`cellweave.flow.integrate`.
+            ``"euler"``, ``"midpoint"``, ``"heun"``, ``"rk4"``, or an adaptive one such as ``"dopri5"`` (extra ``flow``); see
+            :func:`cellweave.flow.integrate`.
         n_steps
             Steps of the solver in each stage.
         guidance_scale
             Above 1, effects are made stronger than learned; needs ``condition_dropout``.
         trust
-            Share of the way from the start of the flow to its end, in [0, 1]; :attr:`trust` by default.
+            Share of the way from the start of the flow to its end, in [0, 1]; by default what :attr:`trust` says of each
+            condition in the context of each cell. 0 is the simple prediction.
         seed
             Seed of the choice of control cells and of all noise.
         batch_size
@@ -104,7 +107,7 @@ class FlowPredictionMixin:
         include_control
             Add the control cells themselves, labelled ``control_key``, which evaluation tools want.
         return_latent
-            Add the generated features in ``obsm["X_ccfm_latent"]``.
+            Add the generated features in ``obsm["X_ccfm_latent"]``, those of genes averaged over them; needs an encoder.
 
         Returns
         -------
@@ -113,10 +116,13 @@ class FlowPredictionMixin:
 
         Raises
         ------
+        KeyError
+            If ``covariates`` names a column that the data do not have.
         UnseenPerturbationError
-            If a perturbation is neither a gene of the model nor was in the training cells, and ``unseen`` is ``"error"``.
+            If a perturbation is neither a gene of the model nor described nor in the training cells, and ``unseen`` is
+            ``"error"``.
         ValueError
-            If there are no control cells, or an argument is out of range.
+            If there are no control cells, a gene is unknown, or an argument is out of range.
         """
         labels = [perturbations] if isinstance(perturbations, str) else list(perturbations)
         if not labels:
@@ -164,12 +170,14 @@ class FlowPredictionMixin:
     ) -> NDArray[np.float32]:
         """Every cell of an AnnData as if it had been perturbed, in a layer.
 
+        Cells follow the flow as far as :attr:`trust` says, as in :meth:`predict_perturbation`.
+
         Parameters
         ----------
         adata_ctrl
             Cells to perturb, taken as control cells whatever their label; the data of the model by default.
         perturbation
-            The condition.
+            The condition; must be given.
         key_added
             Layer to write; nothing is written by default. Cells that are not in ``indices`` are NaN there.
         indices

@@ -53,7 +53,7 @@ class FlowRepresentationMixin:
         seed: int = 0,
         overwrite: bool = False,
     ) -> NDArray[np.float32]:
-        """Embedding of measured cells.
+        """Embedding of measured cells. In a model with an encoder this needs the encoder, so not a loaded model.
 
         Parameters
         ----------
@@ -116,7 +116,8 @@ class FlowRepresentationMixin:
         """What a perturbation would do to each single cell.
 
         The flow is followed backwards from the cell under its own condition, and forwards under the other. The same noise
-        stands behind both ends, so the difference is the effect on this cell and not the difference of two cells.
+        stands behind both ends, so the difference is the effect on this cell and not the difference of two cells. Both ends
+        follow the flow as far as :attr:`trust` says. In a model with an encoder this needs the encoder, so not a loaded model.
 
         Parameters
         ----------

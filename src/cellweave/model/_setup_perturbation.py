@@ -78,8 +78,8 @@ class PerturbationSetupMixin:
         categorical_covariate_keys
             ``obs`` columns that the model sees as conditions beside the perturbation.
         split_key
-            ``obs`` column that says ``"train"`` or ``"valid"``; cells with any other value are never trained on. A random split
-            by default.
+            ``obs`` column that says ``"train"`` or ``"valid"``; nothing is learned from cells with any other value. A random
+            split by default.
         gene_symbols_key
             ``var`` column of gene names by which perturbed genes are found; ``adata.var_names`` by default.
         **kwargs
@@ -89,6 +89,8 @@ class PerturbationSetupMixin:
         ------
         KeyError
             If a layer or column does not exist.
+        TypeError
+            If ``pairing_keys`` or ``categorical_covariate_keys`` is a text instead of a list.
         ValueError
             If the expression is not log-normalised or has NaN, there are no control cells at all or in a context, labels or
             doses cannot be read, ``adata`` is a view or empty, gene names repeat, or columns have missing values.

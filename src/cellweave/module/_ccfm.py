@@ -91,7 +91,7 @@ class CascadedFlowModule(FlowGeneration, BaseModuleClass):
     choose_latent_p
         Probability that a cell teaches the features.
     latent_noise
-        Expression is taught beside features at a time in ``[1 - latent_noise, 1]``; the seed of this model has 0.
+        Expression is taught beside features at a time in ``[1 - latent_noise, 1]``; 0 for finished ones.
     latent_weight, mmd_weight
         Weights of the loss of the features and of the discrepancy; the discrepancy is left out with 0.
     own_count

@@ -114,7 +114,7 @@ class FlowGeneration(TwoStreamNetwork):
         how
             Solver, times and guidance; ten midpoint steps per stage by default.
         stage1_expression_input
-            Another input than in training; the seed of this model trains with ``"noise"`` and samples with ``"control"``.
+            Another input than in training; the same by default.
         anchor
             Expected change of the control cells ``(cell, gene)`` with which the flows start, for the network to read.
         dose, covariates

@@ -87,7 +87,8 @@ def evaluate_perturbation(
         Layer with log-normalised expression; ``X`` by default.
     baselines
         Names of simple predictions, see :data:`cellweave.stats.SHIFT_PREDICTORS`; ``"auto"`` takes all that apply, None
-        none. As cells they are ``max(control + shift, 0)``.
+        none. As cells they are ``max(control + shift, 0)``. ``"observed"`` is what ``train`` measured of the same perturbation in
+        the same context, where it did.
     metrics
         Names of metrics; all by default.
     split_control
