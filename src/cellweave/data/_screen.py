@@ -224,7 +224,11 @@ def _treatment(label: str, dose: Any, names: ConditionNames) -> tuple[tuple[str,
     parts = names.parts(label)
     if dose is None or not parts:  # what the dose of control cells says does not matter
         return parts, ()
-    written = [part.strip() for part in label.split(names.sep) if part.strip() in parts]
+    every = [part.strip() for part in label.split(names.sep)]
+    written = [part for part in every if part in parts]
+    if isinstance(dose, str) and dose.count(names.sep) + 1 == len(every):  # "A+ctrl" may have a dose for "ctrl" as well
+        texts = [text for part, text in zip(every, dose.split(names.sep), strict=True) if part in parts]
+        dose = names.sep.join(texts)
     value = dict(zip(written, parse_doses(dose, len(written), names), strict=True))
     return parts, tuple(value[part] for part in parts)
 

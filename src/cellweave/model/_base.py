@@ -131,7 +131,7 @@ class CellweaveModel(PersistenceMixin, ContextInferenceMixin, ResultsMixin, Trai
             )
         return adata.mod[modality]
 
-    def _gene_positions(self, gene_list: Sequence[str] | None) -> NDArray[np.int64]:
+    def _gene_positions(self, gene_list: Sequence[str] | None, argument: str = "gene_list") -> NDArray[np.int64]:
         """Positions of named genes in the model; all by default."""
         if gene_list is None:
             return np.arange(len(self.genes))
@@ -139,7 +139,7 @@ class CellweaveModel(PersistenceMixin, ContextInferenceMixin, ResultsMixin, Trai
         unknown = [gene for gene, at in zip(gene_list, positions, strict=True) if at < 0]
         if unknown:
             raise ValueError(
-                f"`gene_list` has {len(unknown)} gene(s) that the model does not know (first: {unknown[0]!r}); "
+                f"`{argument}` has {len(unknown)} gene(s) that the model does not know (first: {unknown[0]!r}); "
                 "see `model.genes`."
             )
         return positions

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from scvi import settings
@@ -27,6 +28,15 @@ Means = tuple[Evidence, Evidence]
 
 class AnchorMixin:
     """Means of the training cells, and the start of the flow of any condition."""
+
+    @property
+    def anchor_rules(self) -> pd.DataFrame:
+        """Where flows start: simple predictions by the order in which they are used, and how they did.
+
+        Columns are those of :class:`~cellweave.stats.AnchorRule`. The first row applies that is for the kind of a condition and
+        has what it needs; an ``error`` below 1 means nearer to held-out groups than no change.
+        """
+        return pd.DataFrame([rule.to_dict() for rule in self._anchor_rules])
 
     @property
     def _anchor_rules(self) -> list[AnchorRule]:

@@ -148,7 +148,7 @@ class FlowPredictionMixin:
             "solver": solver,
             "n_steps": n_steps,
             "guidance_scale": guidance_scale,
-            "trust": trust,
+            "trust": list(self.trust) if trust is None else trust,
             "seed": seed,
         }
         out.uns["ccfm"] = self._provenance(parameters)
@@ -404,7 +404,7 @@ class FlowPredictionMixin:
         self._tokens.encode(conditions, unknown=None if unseen == "error" else UNKNOWN)
 
     def _kept_genes(self, genes: Sequence[str] | None) -> NDArray[np.int64]:
-        kept = self._gene_positions(genes)
+        kept = self._gene_positions(genes, "genes")
         if len(kept) == 0:
             raise ValueError("`genes` is empty; name at least one gene, or leave it out for all.")
         return kept

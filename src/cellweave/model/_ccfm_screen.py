@@ -176,8 +176,8 @@ class ScreenMixin(AnchorMixin):
             raise ValueError("The model has no features (`encoder='none'`); use another `kind`.")
         if self._features is None:
             raise ValueError(
-                f"The encoder {self._facts['encoder']['name']!r} is not saved with the model; make these embeddings with the "
-                "model that was trained, or use `kind='noise'`."
+                f"The encoder {self._facts['encoder']['name']!r} is not saved with the model; use the model that was trained, "
+                "before it was saved, for what needs features of measured cells."
             )
         return self._features.transform(adata, self._expression_of(adata), rows)
 

@@ -20,6 +20,7 @@ _REPLICATE = "replicate"
 _BASELINES = {
     "no_change": ("X", "0.55", "no change"),
     "perturbed_mean": ("s", "#88ccee", "mean of perturbations"),
+    "observed": ("h", "#6699cc", "measured in training"),
     "context_mean": ("P", "#999933", "mean of other contexts"),
     "additive": ("D", "#44aa99", "additive"),
     "nearest_context": ("^", "#aa4499", "nearest context"),
