@@ -39,7 +39,7 @@ class ConditionNames(NamedTuple):
         """
         if not isinstance(label, str) or not label.strip():
             raise ValueError(
-                f"A perturbation must be a text that is not empty, got {label!r}; name what was perturbed."
+                f"A `perturbation` must be a text that is not empty, got {label!r}; name what was perturbed."
             )
         if label == self.control_key:
             return ()

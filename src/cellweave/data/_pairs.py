@@ -249,7 +249,9 @@ class PairSplitter(LightningDataModule):
                 "differently."
             )
         if batch_size < n_sets:
-            raise ValueError(f"`batch_size={batch_size}` is below `n_sets={n_sets}`; a set needs at least one cell.")
+            raise ValueError(
+                f"`batch_size={batch_size}` is below `n_conditions_per_step={n_sets}`; each of them needs at least one cell."
+            )
         self.adata_manager, self.tables, self.pairing = adata_manager, tables, pairing
         self.seed = settings.seed if settings.seed is not None else secrets.randbits(32)
         part = self._split(train_size, validation_size, shuffle_set_split) if split is None else np.array(split)

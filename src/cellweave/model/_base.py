@@ -62,6 +62,7 @@ class CellweaveModel(PersistenceMixin, ContextInferenceMixin, ResultsMixin, Trai
             yield self._validate_anndata(given)
             return
         data = self._aligned(_in_memory(given) if given.is_view else given)
+        is_new, before = data is given and self.adata_manager is not None, _scvi_keys(data)
         if self.adata_manager is None:
             self._attach(data)
         else:
@@ -69,6 +70,13 @@ class CellweaveModel(PersistenceMixin, ContextInferenceMixin, ResultsMixin, Trai
             self._transfer(data)
         try:
             yield data
+        except BaseException:
+            if is_new:  # a call that failed leaves no trace
+                self._per_instance_manager_store[self.id].pop(data.uns[_compat.SCVI_UUID_KEY], None)
+                for part, keys in _scvi_keys(data).items():
+                    for key in keys - before[part]:
+                        del getattr(data, part)[key]
+            raise
         finally:
             if data is not given and data is not self.adata:
                 self._per_instance_manager_store[self.id].pop(data.uns[_compat.SCVI_UUID_KEY], None)
@@ -147,6 +155,12 @@ class CellweaveModel(PersistenceMixin, ContextInferenceMixin, ResultsMixin, Trai
     def _constructor_arguments(self) -> dict[str, Any]:
         saved = self.init_params_
         return {**saved["non_kwargs"], **{k: v for group in saved["kwargs"].values() for k, v in group.items()}}
+
+
+def _scvi_keys(adata: AnnOrMuData) -> dict[str, set[str]]:
+    """What registration writes to an AnnData, by part."""
+    parts = ("obs", "obsm", "uns") if isinstance(adata, AnnData) else ()
+    return {part: {key for key in getattr(adata, part) if str(key).startswith("_scvi")} for part in parts}
 
 
 def _in_memory(view: AnnOrMuData) -> AnnOrMuData:

@@ -311,6 +311,7 @@ class CascadedFlowModel(
             After Ctrl-C, and (with status 143) after SIGTERM. Weights, history and split are kept.
         """
         n_epochs, n_batches = _epochs(max_steps, max_epochs)
+        _check_steps(batch_size, n_genes_per_step, control_fraction)
         self.module.n_genes_per_step = n_genes_per_step
         split_key = self._setup["split_key"]
         splitter: dict[str, Any] = {
@@ -360,13 +361,21 @@ class CascadedFlowModel(
         return {**super()._run_fingerprint(runner), **facts}
 
 
+def _check_steps(batch_size: int, n_genes_per_step: int | None, control_fraction: float) -> None:
+    for name, value in (("batch_size", batch_size), ("n_genes_per_step", n_genes_per_step)):
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}; choose a positive number.")
+    if not 0 <= control_fraction < 1:
+        raise ValueError(f"`control_fraction` must be in [0, 1), got {control_fraction}; choose a share.")
+
+
 def _epochs(max_steps: int | None, max_epochs: int | None) -> tuple[int, int]:
     """Number of epochs, and steps of each."""
     if max_steps is not None and max_epochs is not None:
         raise ValueError("Both `max_steps` and `max_epochs` are given; an epoch is 50 steps, so give one of them.")
     for name, value in (("max_steps", max_steps), ("max_epochs", max_epochs)):
         if value is not None and value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+            raise ValueError(f"`{name}` must be at least 1, got {value}; choose a positive number.")
     if max_epochs is not None:
         return max_epochs, _STEPS_PER_EPOCH
     n_steps = _DEFAULT_STEPS if max_steps is None else max_steps

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
+from anndata.utils import make_index_unique
 from numpy.typing import NDArray
 from scvi.utils import track
 from torch import Tensor
@@ -19,10 +20,14 @@ from cellweave.data import as_dense, context_names, match_genes, row_source
 from cellweave.flow import Guidance, time_grid
 from cellweave.module import UNKNOWN, FlowSample, FlowSolver
 
+from ._ccfm_anchors import Means
+
 __all__ = ["FlowPredictionMixin"]
 
 # Tokens, genes of cells, that are computed at once; more would only need more memory.
 _TOKENS = 2**16
+# Control cells that tell the means of a context that is new.
+_CONTEXT_CELLS = 2048
 
 
 class _Cells(NamedTuple):
@@ -33,6 +38,7 @@ class _Cells(NamedTuple):
     context: NDArray[np.int64]  # (cell,)
     contexts: tuple[str, ...]
     covariates: NDArray[np.int64] | None  # (cell, column): codes
+    numbers: NDArray[np.int64]  # (cell,): by which all is drawn for a cell
 
 
 class _Start(NamedTuple):
@@ -133,6 +139,7 @@ class FlowPredictionMixin:
             raise ValueError(f"`trust` must be in [0, 1], got {trust}; 0 stays at the start of the flow.")
         conditions = [self._names.parts(name) for name in names]
         self._check_conditions(conditions, unseen)
+        _check_doses(dosages, conditions)
         kept = self._kept_genes(genes)
         with self._registered(adata_ctrl) as data:
             cells = self._control_cells(data, indices, n_cells, covariates, seed)
@@ -203,10 +210,11 @@ class FlowPredictionMixin:
         condition = self._names.parts(perturbation)
         how = self._solver(solver, n_steps, guidance_scale)
         self._check_conditions([condition], "error")
+        _check_doses(dosages, [condition])
         place = self._result_place(adata_ctrl, "layers", key_added, overwrite=overwrite)
         with self._registered(adata_ctrl) as data:
             rows, order = self._rows(data, indices)
-            cells = self._cells(data, rows)
+            cells = self._cells(data, rows)._replace(numbers=rows)  # the same cell in any selection
             kept = np.arange(len(self.genes))
             values, _ = self._predicted(data, cells, [condition], how, seed, batch_size, kept, dosages, False)
         if place is not None:
@@ -246,7 +254,9 @@ class FlowPredictionMixin:
             )
         if n_cells is not None:
             if n_cells < 1:
-                raise ValueError(f"`n_cells` must be at least 1, got {n_cells}.")
+                raise ValueError(
+                    f"`n_cells` must be at least 1, got {n_cells}; use None for one of every control cell."
+                )
             rng = np.random.default_rng([seed % 2**63, 0])
             whole = np.concatenate([rng.permutation(rows) for _ in range(-(-n_cells // len(rows)))])
             rows = whole[:n_cells]
@@ -270,7 +280,25 @@ class FlowPredictionMixin:
         if self._setup["categorical_covariate_keys"]:
             manager = self.get_anndata_manager(data, required=True)
             covariates = np.asarray(manager.get_from_registry(REGISTRY_KEYS.CATEGORIES), dtype=np.int64)[rows]
-        return _Cells(x[place], rows, context, contexts, covariates)
+        return _Cells(x[place], rows, context, contexts, covariates, np.arange(len(rows)))
+
+    def _means_for(self, data: AnnData, cells: _Cells) -> Means:
+        """Means of the training cells, and of the control cells of ``data`` in contexts that these do not have.
+
+        They do not depend on which cells are asked for, so that predictions do not either.
+        """
+        new = cells.contexts[len(self._facts["contexts"]) :]
+        if not new:
+            return self._means()
+        names, codes = context_names(data.obs, self._setup["pairing_keys"])
+        every, is_control = np.asarray(names, dtype=object)[codes], self._is_control(data)
+        rows = []
+        for name in new:
+            here = np.flatnonzero(every == name)
+            here = here[is_control[here]] if is_control[here].any() else here
+            rows.append(here[:: -(-len(here) // _CONTEXT_CELLS)])
+        around = self._cells(data, np.concatenate(rows))
+        return self._means_with(around.contexts, around.context, around.x)
 
     # ---------------------------------------------------------------- the flow
 
@@ -292,9 +320,9 @@ class FlowPredictionMixin:
         out = np.empty((len(conditions), n_cells, len(kept)), dtype=np.float32)
         latent: NDArray[np.float32] | None = None
         inputs = self._perturbation_inputs(conditions, dosages)
-        expected = self._expected(cells, conditions)
+        expected = self._expected(data, cells, conditions)
         genes = torch.from_numpy(self._tokens.gene_tokens()[kept])
-        size = batch_size or max(1, _TOKENS // len(kept))
+        size = _checked_size(batch_size, len(kept))
         parts = [slice(start, min(start + size, n_cells)) for start in range(0, n_cells, size)]
         for part in track(parts, description="Predicting cells", disable=len(parts) < 8, style="tqdm"):
             for i, told in enumerate(inputs):
@@ -328,7 +356,7 @@ class FlowPredictionMixin:
     ) -> FlowSample:
         """Cells of one condition, ``share`` ``(cell or 1, 1)`` of the way from the start of the flow to its end."""
         module, control = self.module, torch.from_numpy(cells.x[part])
-        numbers, change, read = torch.arange(part.start, part.stop), None, None
+        numbers, change, read = torch.from_numpy(cells.numbers[part]), None, None
         if begin is not None:
             transport, reference = (torch.from_numpy(a[cells.context[part]]) for a in begin)
             change, read = module.draw_change(control, transport, numbers, seed)[:, kept], reference[..., kept]
@@ -371,11 +399,11 @@ class FlowPredictionMixin:
             entry["dose"][0, : len(parts)] = torch.tensor(given, dtype=torch.float32)
         return inputs
 
-    def _expected(self, cells: _Cells, conditions: Sequence[tuple[str, ...]]) -> list[_Start] | None:
+    def _expected(self, data: AnnData, cells: _Cells, conditions: Sequence[tuple[str, ...]]) -> list[_Start] | None:
         """Where the flows of every condition start, by context; None from noise."""
         if self.module.start == "noise":
             return None
-        means = self._means_with(cells.contexts, cells.context, cells.x)
+        means = self._means_for(data, cells)
         used = np.unique(cells.context).tolist()
         out = []
         for condition in conditions:
@@ -388,7 +416,7 @@ class FlowPredictionMixin:
 
     def _solver(self, solver: str, n_steps: int, guidance_scale: float) -> FlowSolver:
         if n_steps < 1:
-            raise ValueError(f"`n_steps` must be at least 1, got {n_steps}.")
+            raise ValueError(f"`n_steps` must be at least 1, got {n_steps}; more steps are more exact.")
         if guidance_scale != 1 and self.module.condition_dropout == 0:
             raise ValueError(
                 f"`guidance_scale={guidance_scale}` needs a model that was trained with `condition_dropout` above 0; use 1."
@@ -404,7 +432,12 @@ class FlowPredictionMixin:
         self._tokens.encode(conditions, unknown=None if unseen == "error" else UNKNOWN)
 
     def _kept_genes(self, genes: Sequence[str] | None) -> NDArray[np.int64]:
+        if isinstance(genes, str):
+            raise TypeError(f"`genes` must be a list of gene names, got {genes!r}; pass `[{genes!r}]`.")
         kept = self._gene_positions(genes, "genes")
+        if len(np.unique(kept)) < len(kept):
+            twice = len(kept) - len(np.unique(kept))
+            raise ValueError(f"`genes` names {twice} gene(s) twice; name each once.")
         if len(kept) == 0:
             raise ValueError("`genes` is empty; name at least one gene, or leave it out for all.")
         return kept
@@ -428,18 +461,33 @@ class FlowPredictionMixin:
         obs["source_cell"] = obs.index.astype(str)
         n_cells = len(cells.rows)
         obs[key] = pd.Categorical(np.repeat(np.asarray(labels, dtype=object), n_cells), sorted(set(labels)))
-        obs.index = [f"{label}_{i}" for label in labels for i in range(n_cells)]
+        obs.index = make_index_unique(pd.Index([f"{label}_{i}" for label in labels for i in range(n_cells)]))
         if self._setup["dosage_key"] is not None:
             obs[self._setup["dosage_key"]] = np.repeat([self._dose_text(label, dosages) for label in labels], n_cells)
         x = np.concatenate([predicted, cells.x[:, kept]]) if include_control else predicted
-        out = AnnData(x, obs=obs, var=data.var.iloc[kept].copy())
-        out.obs_names_make_unique()
-        return out
+        return AnnData(x, obs=obs, var=data.var.iloc[kept].copy())
 
     def _dose_text(self, label: str, dosages: Mapping[str, float] | None) -> str:
         parts = self._names.parts(label)
         usual = self._facts["doses"]
         return self._names.sep.join(f"{(dosages or {}).get(part, usual.get(part, 1.0)):g}" for part in parts) or "0"
+
+
+def _checked_size(batch_size: int | None, n_genes: int) -> int:
+    """Cells that are computed together."""
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}; leave it out to have it chosen.")
+    return batch_size or max(1, _TOKENS // n_genes)
+
+
+def _check_doses(dosages: Mapping[str, float] | None, conditions: Sequence[tuple[str, ...]]) -> None:
+    parts = {part for condition in conditions for part in condition}
+    strange = [name for name in dosages or {} if name not in parts]
+    if strange:
+        raise ValueError(
+            f"`dosages` names {len(strange)} thing(s) that are not perturbed (first: {strange[0]!r}); name parts of the "
+            "conditions."
+        )
 
 
 def _per_cell(latent: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from cellweave._types import Indices
 from cellweave.data import context_names
 from cellweave.module import CascadeSampler, FlowSolver, FlowStart, embed_cells, evaluating, invert_flow
 
-from ._ccfm_prediction import _TOKENS, _as_layer, _Cells
+from ._ccfm_prediction import _as_layer, _Cells, _check_doses, _checked_size
 from ._contexts import all_cells
 
 __all__ = ["FlowRepresentationMixin"]
@@ -152,10 +152,11 @@ class FlowRepresentationMixin:
         condition = self._names.parts(perturbation)
         how = self._solver(solver, n_steps, 1.0)
         self._check_conditions([condition], "error")
+        _check_doses(dosages, [condition])
         place = self._result_place(adata, "layers", key_added, overwrite=overwrite)
 
         def compute(part: _Part) -> Tensor:
-            if condition == part.parts:
+            if condition == part.parts and not dosages:
                 return torch.zeros_like(part.x)
             start = self._start_of(part, how)
             other = self._moved(part, condition, start, seed)
@@ -193,6 +194,7 @@ class FlowRepresentationMixin:
         UnseenPerturbationError
             If a perturbation is neither a gene of the model nor was in the training cells.
         """
+        self._check_if_trained(warn=False)
         labels = self.perturbations if perturbations is None else list(perturbations)
         names = [self._names.canonical(label) for label in labels]
         conditions = [self._names.parts(name) for name in names]
@@ -270,7 +272,7 @@ class FlowRepresentationMixin:
     ) -> NDArray[np.float32]:
         """Values ``(cell, dim)`` of :class:`_Part` after :class:`_Part`, in the order of ``rows``."""
         out: NDArray[np.float32] | None = None
-        size = batch_size or max(1, _TOKENS // len(self.genes))
+        size = _checked_size(batch_size, len(self.genes))
         groups = self._groups(data, rows)
         pieces = [(parts, place[i : i + size]) for parts, place in groups.items() for i in range(0, len(place), size)]
         with torch.inference_mode(), evaluating(self.module):
@@ -306,7 +308,7 @@ class FlowRepresentationMixin:
         x = torch.from_numpy(cells.x).to(device)
         control = x if not parts else torch.from_numpy(self._beside(data, cells, seed)).to(device)
         conditions = [*dict.fromkeys([parts, (), *others])]
-        expected = self._expected(cells, conditions) or []
+        expected = self._expected(data, cells, conditions) or []
         starts = {
             condition: (
                 torch.from_numpy(start.transport[cells.context]).to(device),

@@ -12,6 +12,7 @@ import torch
 from anndata import AnnData
 from numpy.typing import NDArray
 from scvi import settings
+from scvi.model.base import BaseModelClass
 
 from cellweave.data import (
     SPECIAL_TOKENS,
@@ -21,6 +22,7 @@ from cellweave.data import (
     PairTables,
     PerturbationTokens,
     Screen,
+    UnseenPerturbationError,
     as_dense,
     coexpression_mask,
     pad_mask,
@@ -48,6 +50,7 @@ class ScreenStudy(NamedTuple):
 class ScreenMixin(AnchorMixin):
     """Study of the screen that a model is made with, and what follows from it for any data."""
 
+    registry_: dict[str, Any]
     _features: FeatureCache | None = None  # of the training data; not saved
     _screen_cache: tuple[AnnData, Screen] | None = None
 
@@ -101,6 +104,18 @@ class ScreenMixin(AnchorMixin):
     # ---------------------------------------------------------------- what was learned
 
     @property
+    def adata(self) -> Any:
+        """Data of the model."""
+        return self._adata
+
+    @adata.setter
+    def adata(self, adata: Any) -> None:
+        facts = self.registry_.get(_FACTS)
+        BaseModelClass.adata.fset(self, adata)  # which takes the registry of the data
+        if facts is not None:
+            self.registry_ = {**self.registry_, _FACTS: facts}
+
+    @property
     def _facts(self) -> dict[str, Any]:
         return self.registry_[_FACTS]
 
@@ -142,6 +157,7 @@ class ScreenMixin(AnchorMixin):
         doses = None
         # conditions that are held out may have parts that the model does not know; they are never drawn
         encoded = tokens.encode(screen.conditions, self._pad_with_control, NOTHING)
+        self._check_known(screen)
         if self._setup["dosage_key"] is not None:
             doses = np.ones(encoded.shape, dtype=np.float32)
             usual = self._facts["doses"]
@@ -157,6 +173,17 @@ class ScreenMixin(AnchorMixin):
             None if features is None else features.get,
             None if features is None else features.has_features,
         )
+
+    def _check_known(self, screen: Screen) -> None:
+        """Refuse to train on perturbations of other data that the model was not made for."""
+        used = np.unique(screen.treatment[self._training_rows(self.adata)])
+        known = set(self._tokens.names)
+        new = sorted({part for i in used for part in screen.conditions[i]} - known)
+        if new:
+            raise UnseenPerturbationError(
+                f"The training cells have {len(new)} perturbation(s) (`perturbation_key`) that the model was not made for "
+                f"(first: {new[0]!r}); make a new model, or leave these cells out."
+            )
 
     def _training_features(self) -> FeatureCache | None:
         """Features of the data of the model; those of a loaded model are not there."""

@@ -144,13 +144,17 @@ class ContextInferenceMixin:
         indices = np.asarray(indices)
         if indices.dtype == bool:
             if indices.shape != (adata.n_obs,):
-                raise ValueError(f"`indices` is a mask of length {len(indices)}, but there are {adata.n_obs} cells.")
+                raise ValueError(
+                    f"`indices` is a mask of length {len(indices)}, but there are {adata.n_obs} cells; give one value per cell."
+                )
             indices = np.flatnonzero(indices)
         if indices.ndim != 1 or indices.size == 0 or indices.dtype.kind not in "iu":
-            raise ValueError("`indices` must be a non-empty sequence of row numbers or a boolean mask.")
+            raise ValueError(
+                "`indices` must be a non-empty sequence of row numbers or a boolean mask; leave it out for all cells."
+            )
         outside = indices[(indices < -adata.n_obs) | (indices >= adata.n_obs)]
         if outside.size:
-            raise ValueError(f"`indices` has row {outside[0]}, but there are {adata.n_obs} cells.")
+            raise ValueError(f"`indices` has row {outside[0]}, but there are {adata.n_obs} cells; count rows from 0.")
         return np.unique(indices % adata.n_obs, return_inverse=True)
 
 

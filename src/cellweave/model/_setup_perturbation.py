@@ -18,12 +18,14 @@ from cellweave._types import AnnOrMuData
 from cellweave.data import (
     CategoriesObsField,
     CellStore,
+    ConditionNames,
     GroupObsField,
     Screen,
     check_expression,
     check_groups,
     check_known,
     check_names,
+    context_names,
     get_counts,
 )
 
@@ -102,9 +104,11 @@ class PerturbationSetupMixin:
         check_names(adata)
         get_counts(adata, layer)
         genes = _gene_names(adata, gene_symbols_key)
-        if is_new or perturbation_key in adata.obs:
+        if is_new:
             _check_lists(arguments)
             Screen.from_obs(adata.obs, arguments, genes)
+        else:  # a model that exists predicts from control cells alone
+            _check_new_columns(adata.obs, arguments)
         if is_new and split_key is not None:
             read_split(adata.obs, split_key)
         _check_covariates(adata, arguments, kwargs.get("source_registry"))
@@ -129,6 +133,7 @@ class PerturbationSetupMixin:
 
     def _check_new_data(self, adata: AnnOrMuData) -> None:
         setup = self._setup
+        _check_new_columns(adata.obs, setup)
         _check_covariates(adata, setup, self.registry_)
         check_expression(adata, setup["layer"])
 
@@ -175,6 +180,19 @@ def _check_lists(arguments: Mapping[str, Any]) -> None:
         if isinstance(arguments[argument], str):
             value = arguments[argument]
             raise TypeError(f"`{argument}` must be a list of column names, got {value!r}; pass `[{value!r}]`.")
+    if not isinstance(arguments["sep"], str) or not arguments["sep"]:
+        raise ValueError(f"`sep` must be a text that is not empty, got {arguments['sep']!r}; '+' is usual.")
+
+
+def _check_new_columns(obs: pd.DataFrame, arguments: Mapping[str, Any]) -> None:
+    """Check the labels of new data, which may have none, and what contexts are made of."""
+    key = arguments["perturbation_key"]
+    if key in obs:
+        check_groups(obs, key, "perturbation_key")
+        names = ConditionNames(arguments["control_key"], arguments["sep"])
+        for label in obs[key].astype(str).unique():
+            names.parts(label)
+    context_names(obs, arguments["pairing_keys"])
 
 
 def _check_covariates(
