@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
+import scvi
+from anndata import AnnData
 from hypothesis import given
 from hypothesis import strategies as st
+from scvi.data import AnnDataManager
+from scvi.data.fields import LayerField
 
-from cellweave.data import PairSampler, pair_within_sets
+from cellweave.data import PairSampler, PairSplitter, PairTables, Screen, pair_within_sets
 
 
 def _sampler(n_cells=6, n_sets=4, seed=0, control_fraction=0.0, **options):
@@ -97,3 +102,83 @@ def test_optimal_pairs_lie_closest():
     order = np.concatenate([rng.permutation(6), 6 + rng.permutation(6)])
     target = control[order] + 1e-3 * rng.normal(size=(12, 3)).astype(np.float32)
     np.testing.assert_array_equal(pair_within_sets(target, control, 6), order)
+
+
+# ---------------------------------------------------------------- splitter
+
+
+@pytest.fixture
+def splitter():
+    """Function that splits a screen of two lines, with the options of the splitter."""
+    rng = np.random.default_rng(0)
+    obs = pd.DataFrame(
+        {
+            "p": np.repeat(["control", "A", "B", "A+B"], [40, 30, 20, 1]),
+            "line": np.where(np.arange(91) % 2 == 0, "x", "y"),
+        }
+    )
+    adata = AnnData(rng.random((91, 3), dtype=np.float32), obs=obs)
+    setup = {
+        "perturbation_key": "p",
+        "control_key": "control",
+        "sep": "+",
+        "dosage_key": None,
+        "pairing_keys": ["line"],
+    }
+    with pytest.warns(UserWarning, match="fewer than 5 cells"):
+        screen = Screen.from_obs(obs, setup, [])
+    manager = AnnDataManager([LayerField("X", None, is_count_data=False)], setup_method_args={})
+    manager.register_fields(adata)
+    tables = PairTables(screen, np.arange(3), np.zeros((4, 1), dtype=np.int64))
+    return lambda **options: PairSplitter(manager, tables=tables, **options)
+
+
+def test_every_group_keeps_its_share(splitter):
+    """Protects small conditions: each is split by itself, and one cell alone is for training."""
+    split = splitter(train_size=0.8, validation_size=0.2)
+    assert sorted(np.concatenate([split.train_idx, split.val_idx, split.test_idx]).tolist()) == list(range(91))
+    screen = split.tables.screen
+    groups = screen.treatment * 2 + screen.context
+    for group, size in zip(*np.unique(groups, return_counts=True), strict=True):
+        n_train = (groups[split.train_idx] == group).sum()
+        assert n_train == max(1, int(np.ceil(0.8 * size)))
+
+
+def test_the_split_depends_on_the_seed_only(splitter):
+    """Protects repeatability, and the user's choice of an unshuffled split."""
+    scvi.settings.seed = 3
+    first, again = splitter(), splitter()
+    np.testing.assert_array_equal(first.val_idx, again.val_idx)
+    scvi.settings.seed = 4
+    assert not np.array_equal(first.val_idx, splitter().val_idx)
+    plain = splitter(train_size=0.5, shuffle_set_split=False)
+    control_x = np.flatnonzero((plain.tables.screen.treatment == 0) & (plain.tables.screen.context == 0))
+    np.testing.assert_array_equal(np.intersect1d(plain.train_idx, control_x), control_x[:10])
+
+
+def test_validation_pairs_are_fixed(splitter):
+    """Protects the validation loss: the same pairs in every epoch, of validation cells beside control cells seen in training."""
+    split = splitter(train_size=0.7, validation_size=0.2, batch_size=8)
+    loader = split.val_dataloader()
+    batches = [batch["X"] for batch in loader]
+    assert all((a == b["X"]).all() for a, b in zip(batches, loader, strict=True))
+    x = split.adata_manager.adata.X
+    of = {tuple(row): i for i, row in enumerate(x.tolist())}
+    rows = {of[tuple(row)] for batch in batches for row in batch.tolist()}
+    assert rows <= set(split.val_idx.tolist())
+    controls = {of[tuple(row)] for batch in loader for row in batch["control"].tolist()}
+    assert controls <= set(split.train_idx.tolist()) | set(split.val_idx.tolist())
+    assert split.test_idx.size > 0
+
+
+def test_a_given_split_is_kept(splitter):
+    """Protects held-out conditions: training draws cells of part 0 only, and without validation cells there is no loader."""
+    part = np.full(91, 2)
+    part[:70] = 0
+    split = splitter(split=part, batch_size=8, n_batches=30)
+    x = split.adata_manager.adata.X[:70].tolist()
+    drawn = [row for batch in split.train_dataloader() for name in ("X", "control") for row in batch[name].tolist()]
+    assert all(row in x for row in drawn)
+    assert split.val_dataloader() == []
+    with pytest.raises(ValueError, match="leaves no training cell"):
+        splitter(split=np.full(91, 2))

@@ -149,3 +149,19 @@ def test_perturbations_that_are_no_genes_see_only_themselves():
     assert mask.shape == (7, 7)
     assert mask[6].tolist() == [True] * 6 + [False]
     assert mask[:, 6].tolist() == [True] * 6 + [False]
+
+
+@pytest.mark.parametrize("label", [None, 3, np.nan, ""])
+def test_a_label_that_is_no_text_is_refused(label):
+    """Protects `predict_perturbation` from numbers and missing values in place of a name."""
+    with pytest.raises(ValueError, match="`perturbation` must be a text that is not empty"):
+        ConditionNames().parts(label)
+
+
+def test_doses_of_equal_conditions_are_equal_treatments():
+    """Protects doses written in two ways: `A+B` at `1+2` is `B+A` at `2+1`, and one number holds for all parts."""
+    obs = _obs(["A+B", "B+A", "A+B", "control"], dose=["1+2", "2+1", "3", ""])
+    with pytest.warns(UserWarning, match="fewer than 5 cells"):
+        screen = Screen.from_obs(obs, {**SETUP, "dosage_key": "dose"}, [])
+    assert screen.treatments == (((), ()), (("A", "B"), (1.0, 2.0)), (("A", "B"), (3.0, 3.0)))
+    assert screen.treatment.tolist() == [1, 1, 2, 0]

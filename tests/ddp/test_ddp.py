@@ -158,3 +158,26 @@ def test_early_stopping_of_a_temperature_schedule(launch):
     assert [run.status for run in runs] == [0, 0], runs[1].stderr
     lengths = [len(result["history"]["train_loss"]) for run in runs for result in run.results]
     assert lengths == [6, 6, 6]
+
+
+def test_pairs_of_cells_are_shared(launch):
+    """Protects CascadedFlowModel: the processes share the conditions of each step, and end with one model and one history.
+
+    Every step draws the cells that one process would draw. Noise and times belong to a process, so that the curves are
+    not those of one process; that no two processes draw the same is why.
+    """
+    both, alone = launch("ccfm", 2), launch("ccfm", 1)
+    assert [both.status, alone.status] == [0, 0], both.stderr + alone.stderr
+    (one,) = alone.results
+    assert [result["steps"] for result in (*both.results, one)] == [100, 100, 100]
+    first, second = both.results
+    assert first["history"] == second["history"]
+    assert set(first["history"]) == set(one["history"])
+    assert all(np.isfinite(curve).all() for curve in first["history"].values())
+    assert len(first["history"]["train_loss"]) == 2
+    assert first["train"] == second["train"] == one["train"]
+    for epoch in ("0", "1"):
+        # two sets of eight cells per step, one on each process
+        shared = [np.array(rows[epoch]).reshape(50, -1, 8) for rows in (first["rows"], second["rows"])]
+        np.testing.assert_array_equal(np.concatenate(shared, axis=1), np.array(one["rows"][epoch]).reshape(50, 2, 8))
+    assert all(torch.equal(both.weights[0][name], value) for name, value in both.weights[1].items())

@@ -22,7 +22,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import FSDPStrategy
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from cellweave.model import ScyanModel, StackModel
+from cellweave.model import CascadedFlowModel, ScyanModel, StackModel
 from cellweave.train import fsdp_strategy
 
 # Cells per step of all processes together.
@@ -70,6 +70,16 @@ def scyan(counts: AnnData) -> ScyanModel:
     return ScyanModel(adata, table, temperature_period=3, monotone_weight=0.0, **sizes)
 
 
+def ccfm(counts: AnnData) -> CascadedFlowModel:
+    """A tiny CascadedFlowModel of two donors' cells, a third of them control cells."""
+    adata = counts[counts.obs["donor"] != "z"].copy()
+    adata.X = adata.X.log1p()
+    adata.obs["perturbation"] = np.array(["control", "gene0", "gene1+drug"])[np.arange(adata.n_obs) % 3]
+    CascadedFlowModel.setup_anndata(adata, "perturbation", pairing_keys=["donor"])
+    torch.manual_seed(3)
+    return CascadedFlowModel(adata, n_hidden=4, n_layers=1, n_heads=2, bottleneck_dim=4, graph_top_k=3)
+
+
 class Record(Callback):
     """Rows that this process trained on, by epoch."""
 
@@ -114,6 +124,7 @@ CASES = {
     "alone": {"resume": "auto"},
     "fsdp": {"strategy": sharded},
     "scyan": {"model": scyan, "early_stopping": False},
+    "ccfm": {"model": ccfm, "max_epochs": None, "max_steps": 100, "n_conditions_per_step": 2, "batch_size": 16},
     "scyan_stop": {
         "model": scyan,
         "max_epochs": 12,
@@ -140,8 +151,7 @@ def main(output: Path, devices: int, case: str) -> None:
         strategy = options.pop("strategy", "ddp")
         options |= {"devices": devices, "strategy": strategy if isinstance(strategy, str) else strategy()}
     model.train(
-        **{"max_epochs": 3, "lr": 0.01, "validation_size": 0.3, **options},
-        batch_size=GLOBAL_BATCH // devices,
+        **{"max_epochs": 3, "lr": 0.01, "validation_size": 0.3, "batch_size": GLOBAL_BATCH // devices, **options},
         accelerator="cpu",
         enable_progress_bar=False,
         callbacks=callbacks,
@@ -151,6 +161,7 @@ def main(output: Path, devices: int, case: str) -> None:
     result = {
         "rows": record.rows,
         "train": model.train_indices.tolist(),
+        "steps": model.trainer.global_step,
         "history": {name: frame[name].tolist() for name, frame in model.history.items()},
         "trained": model.is_trained,
     }

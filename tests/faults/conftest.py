@@ -16,7 +16,7 @@ import scvi
 import torch
 from anndata import AnnData
 
-from cellweave.model import ScyanModel, StackModel
+from cellweave.model import CascadedFlowModel, ScyanModel, StackModel
 
 
 class Family(NamedTuple):
@@ -25,18 +25,28 @@ class Family(NamedTuple):
     model: type
     arguments: dict[str, Any]
     training: dict[str, Any]
-    reads: str  # "counts" or "intensities"
+    reads: str  # "counts", "intensities" or "expression"
     part: str  # setup argument that names the layer in a MuData
     values: dict[str, dict[str, Any]]  # getters whose values must be finite, with their options
     setup: dict[str, Any] = {}  # setup arguments of models that read what clean data have beyond batch and label
+    names: dict[str, str] | None = None  # what the family calls the columns that others call batch and label
 
     def data(self, counts: AnnData) -> AnnData:
-        """Clean data of the family, from those of :func:`make_adata`: as they are, or as scaled intensities."""
-        return counts if self.reads == "counts" else intensities(counts)
+        """Clean data of the family, from those of :func:`make_adata`."""
+        return {"counts": lambda a: a, "intensities": intensities, "expression": expression}[self.reads](counts)
+
+    def register(self, adata: Any, setup: str = "setup_anndata", **options: Any) -> None:
+        """Set data up with the columns that the family reads, whatever it calls them."""
+        if self.names is not None:
+            columns = {
+                self.names[key]: [options.pop(key)] for key in (*COLUMNS,) if key in options and key in self.names
+            }
+            options = {**self.setup, **columns, **{k: v for k, v in options.items() if k not in COLUMNS}}
+        getattr(self.model, setup)(adata, **options)
 
     def create(self, adata: Any, setup: str = "setup_anndata", arguments: dict | None = None, **options: Any) -> Any:
         scvi.settings.seed = 0
-        getattr(self.model, setup)(adata, **{"batch_key": "batch", "labels_key": "cell_type", **options})
+        self.register(adata, setup, **{"batch_key": "batch", "labels_key": "cell_type", **options})
         return self.model(adata, **{**self.arguments, **(arguments or {})})
 
     def train(self, model: Any, **training: Any) -> Any:
@@ -63,6 +73,21 @@ def intensities(counts: AnnData) -> AnnData:
     return counts
 
 
+def expression(counts: AnnData) -> AnnData:
+    """The cells of `make_adata` as a screen: every third is a control cell, the others had one or two perturbations.
+
+    Values like those of the logarithm, in multiples of 1/8, which all types of floating point numbers hold. Every three
+    neighbours are of one batch, so that a few first cells are a screen as well.
+    """
+    x = counts.X.log1p()
+    x.data = np.maximum(np.rint(8 * x.data), 1) / 8
+    counts.X = sp.csr_matrix(x.astype(np.float32))
+    row = np.arange(counts.n_obs)
+    counts.obs["perturbation"] = np.array(["control", "gene0", "gene1+drug", "control", "drug", "gene0"])[row % 6]
+    counts.obs["batch"] = pd.Categorical.from_codes(row // 3 % 2, ["b0", "b1"])
+    return counts
+
+
 def table() -> pd.DataFrame:
     """What is known about the cell types of `make_adata` and their first six markers, with a level of groups."""
     rho = np.where(np.arange(6) % 3 == np.arange(3)[:, None], 1.0, -1.0)
@@ -71,6 +96,8 @@ def table() -> pd.DataFrame:
     return pd.DataFrame(rho, index=index, columns=[f"gene{j}" for j in range(6)])
 
 
+# Setup arguments of the other families.
+COLUMNS = ("batch_key", "labels_key", "context_key")
 TINY = {"n_hidden": 4, "token_dim": 4, "n_layers": 1, "n_heads": 2, "n_cells": 16, "n_proj": 4}
 SMALL = {"table": table(), "n_hidden": 4, "n_hidden_layers": 1, "n_layers": 3}
 FAMILIES = {
@@ -91,6 +118,16 @@ FAMILIES = {
         "protein_layer",
         {"get_latent_representation": {}, "predict_proba": {}, "get_log_density": {}, "correct_batch": {}},
     ),
+    "ccfm": Family(
+        CascadedFlowModel,
+        {"n_hidden": 4, "n_layers": 1, "n_heads": 2, "bottleneck_dim": 4, "graph_top_k": 3},
+        {"max_steps": 4, "batch_size": 8},
+        "expression",
+        "layer",
+        {"get_latent_representation": {}, "generate": {"perturbation": "gene0", "n_steps": 2}},
+        {"perturbation_key": "perturbation"},
+        {"batch_key": "pairing_keys"},
+    ),
 }
 
 
@@ -107,7 +144,9 @@ def family(request) -> Family:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "reads(kind): a fault of models that read counts, or intensities, only")
+    config.addinivalue_line(
+        "markers", "reads(kind, ...): a fault of models that read counts, intensities or expression only"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

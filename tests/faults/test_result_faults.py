@@ -22,13 +22,24 @@ WRITERS = {
     "predict_proba": "obsm",
     "get_log_density": "obs",
     "correct_batch": "layers",
+    "generate": "layers",
+    "get_perturbation_effect": "layers",
 }
+# what must be asked of a getter, and the name of its data where it is not `adata`
+ASKED = {
+    "generate": {"perturbation": "gene0", "n_steps": 2},
+    "get_perturbation_effect": {"perturbation": "gene0", "n_steps": 2},
+    "predict_perturbation": {"perturbations": ["gene0"], "n_cells": 3, "n_steps": 2},
+}
+DATA = {"generate": "adata_ctrl", "predict_perturbation": "adata_ctrl"}
 # an option of a getter that its record shows, and two values
 OPTIONS = {
     "predict": ("min_probability", 0.1, 0.2),
     "predict_proba": ("level", "lineage", "lineage"),
     "get_log_density": (),
     "correct_batch": ("reference", "b0", "b1"),
+    "generate": ("seed", 1, 2),
+    "get_perturbation_effect": ("seed", 1, 2),
 }
 # every method that computes something from data or draws
 GETTERS = {
@@ -45,6 +56,9 @@ GETTERS = {
     "get_population_diagnostics": {},
     "get_population_profiles": {},
     "refine_table": {},
+    "generate": {},
+    "get_perturbation_effect": {},
+    "predict_perturbation": {},
 }
 
 
@@ -58,7 +72,13 @@ def _defines(family, name: str) -> bool:
 
 
 def _option(family, name: str) -> tuple:
-    return OPTIONS.get(name, ("seed", 1, 2) if family.reads == "counts" else ())
+    return OPTIONS.get(name, () if family.reads == "intensities" else ("seed", 1, 2))
+
+
+def _ask(model, name: str, adata=None, **options):
+    """Call a getter with what it must be asked."""
+    data = {} if adata is None else {DATA.get(name, "adata"): adata}
+    return getattr(model, name)(**ASKED.get(name, {}), **data, **options)
 
 
 def _foreign(part: str, adata) -> np.ndarray:
@@ -93,15 +113,16 @@ def test_results_of_others_are_not_replaced(family, make, refuses, monkeypatch):
         getattr(model.adata, part)["mine"] = _foreign(part, model.adata)
         with monkeypatch.context() as patch:
             patch.setattr(model.module, "forward", _must_not_run)
-            patch.setattr(type(model), "_computed", _must_not_run)
+            for method in {"_computed", "_by_condition", "_predicted"}.intersection(dir(model)):
+                patch.setattr(type(model), method, _must_not_run)
             message = rf"`adata.{part}\['mine'\]` already exists.*{type(model).__name__}.*`overwrite=True`"
             with refuses(model.adata, ValueError, message):
-                getattr(model, name)(key_added="mine")
+                _ask(model, name, key_added="mine")
         np.testing.assert_array_equal(getattr(model.adata, part)["mine"], _foreign(part, model.adata))
-        result = getattr(model, name)(key_added="mine", overwrite=True)
+        result = _ask(model, name, key_added="mine", overwrite=True)
         _assert_written(getattr(model.adata, part)["mine"], result)
         assert model.adata.uns["cellweave"]["mine"]["part"] == part
-        del getattr(model.adata, part)["mine"]
+        del getattr(model.adata, part)["mine"], model.adata.uns["cellweave"]["mine"]
 
 
 def _must_not_run(*args, **kwargs):
@@ -114,7 +135,7 @@ def test_results_of_the_same_class_are_replaced_with_their_provenance(family, ma
     for name, part in _writers(family):
         option, *values = _option(family, name) or ("", None, None)
         for value in values:
-            result = getattr(model, name)(key_added=name, **({option: value} if option else {}))
+            result = _ask(model, name, key_added=name, **({option: value} if option else {}))
             if name != "predict_proba" or option:
                 _assert_written(getattr(model.adata, part)[name], result)
             assert model.adata.uns["cellweave"][name]["parameters"].get(option) == value
@@ -124,17 +145,17 @@ def test_results_of_another_class_or_part_are_not_replaced(family, make):
     """Protects row 38: the record must name this class and this part of the AnnData; old records name no part."""
     model = family.fit(make())
     name, part = _writers(family)[0]
-    getattr(model, name)(key_added="z")
+    _ask(model, name, key_added="z")
     record = model.adata.uns["cellweave"]["z"]
     for change in ({"model": "OtherModel"}, {"part": "varm"}):
         model.adata.uns["cellweave"]["z"] = {**record, **change}
         with pytest.raises(ValueError, match="already exists"):
-            getattr(model, name)(key_added="z")
+            _ask(model, name, key_added="z")
     model.adata.uns["cellweave"]["z"] = {key: value for key, value in record.items() if key != "part"}
-    getattr(model, name)(key_added="z")
+    _ask(model, name, key_added="z")
     del model.adata.uns["cellweave"]
     with pytest.raises(ValueError, match=rf"`adata.{part}\['z'\]` already exists"):
-        getattr(model, name)(key_added="z")
+        _ask(model, name, key_added="z")
 
 
 def test_key_must_be_a_name(family, make, refuses):
@@ -143,26 +164,26 @@ def test_key_must_be_a_name(family, make, refuses):
     for name, _ in _writers(family):
         for key in ("", 3):
             with refuses(model.adata, ValueError, "`key_added` must be a name"):
-                getattr(model, name)(key_added=key)
+                _ask(model, name, key_added=key)
 
 
 def test_no_getter_touches_the_random_state(family, make, keeps_random_state):
     """Protects the user's own draws through setup, every getter, own data and queries, and writing."""
     adata = make()
     with keeps_random_state():
-        family.model.setup_anndata(adata, batch_key="batch", labels_key="cell_type", **family.setup)
+        family.register(adata, **{**family.setup, "batch_key": "batch", "labels_key": "cell_type"})
     model = family.fit(make())
     found = [name for name in GETTERS if _defines(family, name)]
     assert "get_latent_representation" in found
     for name in found:
-        for options in ({}, {"adata": make(seed=1)}):
+        for data in (None, make(seed=1)):
             with keeps_random_state():
-                getattr(model, name)(**GETTERS[name], **options)
+                _ask(model, name, data, **GETTERS[name])
     for name, part in _writers(family):
         with keeps_random_state():
-            getattr(model, name)(key_added=f"z_{part}_{name}")
+            _ask(model, name, key_added=f"z_{part}_{name}")
             more = {"n_context_repeats": 2} if family.reads == "counts" else {}
-            getattr(model, name)(make()[:, ::-1].copy(), **more)
+            _ask(model, name, make()[:, ::-1].copy(), **more)
     if hasattr(model, "sample"):
         with keeps_random_state():
             model.sample(5)
@@ -221,7 +242,7 @@ def test_wide_indices_stay_wide_and_right(fitted):
     assert wide.X.indptr.dtype == wide.X.indices.dtype == np.int64
     genes = list(plain.var_names[::-1])
     np.testing.assert_array_equal(align_genes(wide, genes).X.toarray(), align_genes(plain, genes).X.toarray())
-    fitted.family.model.setup_anndata(wide)
+    fitted.family.register(wide)
     model = fitted.family.model(wide, **fitted.family.arguments)
     batch = CellSetDataset(model.adata_manager, load_sparse_tensor=True)[np.array([5, 2]), np.ones(2, dtype=bool)]
     assert batch["X"].crow_indices().dtype == batch["X"].col_indices().dtype

@@ -17,8 +17,6 @@ N_ROWS = 50
 # Rows without a test, and why. A row that gets one must leave this list.
 LATER = {
     19: "anndata itself refuses COO matrices",
-    43: "perturbation labels come with the flow family",
-    44: "perturbation labels come with the flow family",
 }
 # Rows whose tests stand beside the code that they check, not in this folder: row -> file::test.
 ELSEWHERE = {
