@@ -147,6 +147,22 @@ def test_similar_contexts_count_most():
     assert shift[3] > 5 * abs(shift[7])
 
 
+def test_without_rules_nothing_is_expected():
+    """Protects flows without an anchor: not even a combination of measured parts is shifted."""
+    evidence = _evidence({("A",): _effect(0), ("B",): _effect(1)})
+    assert (expected_shift(evidence, "a", ("A", "B"), []) == 0).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_flat_profiles_are_all_alike():
+    """Protects detection rates of dense data, which are 1 for all genes: no division by zero, no NaN."""
+    x, conditions, where = _screen({("A",): _effect(0)}, contexts=("a", "b", "c"), noise=0.0)
+    x[np.array([not k for k in conditions])] = 1.0
+    evidence = Evidence.from_cells(x, conditions, where, [f"g{i}" for i in range(N_GENES)])
+    assert np.isfinite(similar_contexts(evidence, "a", ("A",))).all()
+    assert np.isfinite(context_response(evidence, "a", ("A",))).all()
+
+
 @pytest.mark.parametrize(
     ("condition", "kind"), [(("A",), "single"), (("A", "B"), "all"), (("A", "x"), "some"), (("x", "y"), "none")]
 )

@@ -177,7 +177,7 @@ class CascadedFlowModel(
             represented = () if reps is None else reps.index.tolist()
             study = self._study(adata, make_encoder(encoder), latent_dim, gene_graph, graph_top_k, anchor, represented)
             study.facts["reps"] = [0, 0] if reps is None else list(reps.shape)
-            self.registry_ = {**self.registry_, "screen": study.facts}  # type: ignore[has-type]
+            self.registry_ = {**self.registry_, "screen": study.facts}
         facts, features = self._facts, self._facts["features"]
         n_tokens = self._tokens.n_tokens
         forbidden = np.zeros((n_tokens, n_tokens), dtype=bool) if study is None else study.forbidden

@@ -111,6 +111,12 @@ class AnchorMixin:
         """Expected transport of conditions in contexts ``(pair, 4, gene)``, and what the flow reads ``(pair, 2, gene)``."""
         rules = self._anchor_rules
         rows = [means[0].table.row(context) for context, _ in pairs]
+        new = sorted({context for (context, _), row in zip(pairs, rows, strict=True) if row < 0})
+        if new:
+            raise ValueError(
+                f"The data have {len(new)} context(s) of `pairing_keys` that the model was not made for (first: {new[0]!r}); make a "
+                "new model from them, or leave these cells out."
+            )
         shifts = [np.array([expected_shift(m, *pair, rules) for pair in pairs]) for m in means]
         mean, detection = (np.nan_to_num(m.table.control_mean[rows]) for m in means)
         n_cells = torch.from_numpy(means[0].table.control_count[rows])

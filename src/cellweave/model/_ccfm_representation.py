@@ -17,7 +17,8 @@ from cellweave._types import Indices
 from cellweave.data import context_names
 from cellweave.module import CascadeSampler, FlowSolver, FlowStart, embed_cells, evaluating, invert_flow
 
-from ._ccfm_prediction import _as_layer, _Cells, _check_doses, _checked_size
+from ._ccfm_cells import _Cells
+from ._ccfm_prediction import _as_layer, _check_doses, _checked_size
 from ._contexts import all_cells
 
 __all__ = ["FlowRepresentationMixin"]

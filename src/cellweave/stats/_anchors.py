@@ -196,7 +196,12 @@ def _terms(evidence: Evidence, row: int, others: NDArray[np.intp], column: int) 
 
 def _similar(table: ShiftTable, row: int, others: NDArray[np.intp], width: float) -> Array:
     """Weights of other contexts, by the correlation of their control means with those of one."""
-    likeness = np.atleast_2d(np.corrcoef(table.control_mean[[row, *others]]))[0, 1:]
+    # profiles that are the same for all genes correlate with nothing, and are all alike
+    centred = table.control_mean[[row, *others]]
+    centred = centred - centred.mean(1, keepdims=True)
+    length = np.linalg.norm(centred, axis=1)
+    length = np.where(length > 0, length, 1)
+    likeness = (centred[1:] @ centred[0]) / (length[1:] * length[0])
     weights = np.exp((likeness - likeness.max()) / width)
     return weights / weights.sum()
 
@@ -369,7 +374,7 @@ def _ordered(table: ShiftTable, condition: Condition, rules: Sequence[AnchorRule
     own = [rule for rule in rules if rule.kind in (kind, "any")]
     untried = [rule for rule in own if rule.kind == "any"]
     tried = [rule for rule in own if rule.kind != "any"]
-    if kind != "single" and not tried:
+    if kind != "single" and not tried and rules:
         more = [rule for rule in rules if rule.kind == "combination"]
         tried = (
             [AnchorRule("additive", shrinkage=more[0].shrinkage if more else "none"), *more] if kind == "all" else more
