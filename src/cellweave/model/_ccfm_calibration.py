@@ -15,8 +15,8 @@ from cellweave.data import Screen
 
 __all__ = ["CalibrationMixin", "Trust", "held_out_groups"]
 
-# With fewer groups none can be spared; of more, this share is held out, up to a number.
-_LEAST_GROUPS, _SHARE, _MOST_HELD_OUT = 3, 0.15, 12
+# With fewer groups none can be spared; of more, this share is held out, within these numbers.
+_LEAST_GROUPS, _SHARE, _LEAST_HELD_OUT, _MOST_HELD_OUT = 6, 0.15, 2, 12
 # Cells and genes by which a group is judged, and groups of a kind.
 _CELLS, _GENES, _GROUPS = 32, 500, 8
 
@@ -42,7 +42,7 @@ def held_out_groups(screen: Screen, rows: NDArray[np.int64]) -> NDArray[np.int64
     groups = np.unique(group[screen.treatment[rows] > 0])
     if len(groups) < _LEAST_GROUPS:
         return np.zeros(0, dtype=np.int64)
-    n_held = int(np.clip(round(_SHARE * len(groups)), 1, _MOST_HELD_OUT))
+    n_held = int(np.clip(round(_SHARE * len(groups)), _LEAST_HELD_OUT, _MOST_HELD_OUT))
     return np.sort(np.random.default_rng([settings.seed or 0, 1]).permutation(groups)[:n_held])
 
 
@@ -87,22 +87,21 @@ class CalibrationMixin:
     def _share(self, screen: Screen, group: NDArray[np.int64], cells: NDArray[np.int64]) -> float | None:
         """Share of the move of the flow that brings the means of held-out cells closest; None without cells."""
         data, n_contexts = self.adata, len(screen.contexts)
-        kept, cross, own = self._judged_genes(), 0.0, 0.0
+        kept, sums = self._judged_genes(), []
         rng = np.random.default_rng([settings.seed or 0, 2])
+        known = np.union1d(self.train_indices, self.validation_indices)
         groups, sizes = np.unique(group[cells], return_counts=True)
         for code in groups[np.argsort(-sizes, kind="stable")][:_GROUPS].tolist():
             treatment, context = divmod(code, n_contexts)
-            controls = np.flatnonzero(screen.is_control & (screen.context == context))
+            controls = known[screen.is_control[known] & (screen.context[known] == context)]
             drawn = self._cells(data, np.sort(rng.choice(controls, min(_CELLS, len(controls)), replace=False)))
             ends = self._ends(data, drawn, screen.treatments[treatment][0], kept)
             truth = self._cells(data, cells[group[cells] == code]).x[:, kept].mean(0)
             move, wanted = (ends[1] - ends[0]).mean(0), truth - ends[0].mean(0)
             n = float((group[cells] == code).sum())
             weight = n / (n + len(drawn.rows))
-            cross, own = cross + weight * float(move @ wanted), own + weight * float(move @ move)
-        if len(groups) == 0:
-            return None
-        return float(np.clip(cross / own, 0, 1)) if own > 0 else 0.0
+            sums.append([weight * float(move @ wanted), weight * float(move @ move)])
+        return _cautious(np.array(sums)) if sums else None
 
     def _judged_genes(self) -> NDArray[np.int64]:
         """The genes that perturbations move most in the training cells."""
@@ -119,3 +118,17 @@ class CalibrationMixin:
             for trust in (0.0, 1.0)
         )
         return at_start, at_end
+
+
+def _cautious(sums: NDArray[np.float64]) -> float:
+    """Share of least squared error of the products ``(group, 2)`` of move with wanted and with itself, less its error."""
+
+    def best(total: NDArray[np.float64]) -> float:
+        return float(np.clip(total[0] / total[1], 0, 1)) if total[1] > 0 else 0.0
+
+    n = len(sums)
+    if n < 2:  # a single group says nothing of others
+        return 0.0
+    without = np.array([best(sums.sum(0) - own) for own in sums])
+    error = np.sqrt((n - 1) / n * np.square(without - without.mean()).sum())
+    return max(best(sums.sum(0)) - float(error), 0.0)

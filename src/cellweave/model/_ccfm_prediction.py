@@ -280,9 +280,14 @@ class FlowPredictionMixin(CellsMixin):
         end = module.sample(
             genes, control, start=start, how=how, anchor=change, reference=read, covariates=covariates, **told
         )
-        # a value that the flow ends below zero at is a zero, of which a share is no negative number
-        x = torch.lerp(start.expression.to(end.expression), end.expression.clamp(min=0), share.to(end.expression))
+        begun = start.expression.to(end.expression)
+        x = _along(begun, end.expression, share.to(end.expression), self._keeps_zeros)
         return end._replace(expression=x)
+
+    @property
+    def _keeps_zeros(self) -> bool:
+        """Whether the start of the flow decides what a cell expresses; otherwise its end does."""
+        return self.module.start == "control" and self.module.gate_layer is None
 
     def _shares(self, contexts: Sequence[str], condition: tuple[str, ...]) -> Tensor:
         """How far cells of these contexts follow the flow of a condition ``(cell, 1)``."""
@@ -370,6 +375,16 @@ def _check_doses(dosages: Mapping[str, float] | None, conditions: Sequence[tuple
             f"`dosages` names {len(strange)} thing(s) that are not perturbed (first: {strange[0]!r}); name parts of the "
             "conditions."
         )
+
+
+def _along(start: Tensor, end: Tensor, share: Tensor, keeps_zeros: bool) -> Tensor:
+    """Cells ``share`` of the way from the start of the flow to its end, none below zero.
+
+    A flow moves all values a little, zeros as well, and cells without zeros look as if every gene had changed. So what a cell does
+    not express where the flow starts, which is where zeros are as in measured cells, it does not express at its end.
+    """
+    x = torch.lerp(start, end.clamp(min=0), share)
+    return torch.where((start if keeps_zeros else end) > 0, x, 0.0)
 
 
 def _per_cell(latent: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from cellweave.data import context_names
 from cellweave.module import CascadeSampler, FlowSolver, FlowStart, embed_cells, evaluating, invert_flow
 
 from ._ccfm_cells import _Cells
-from ._ccfm_prediction import _as_layer, _check_doses, _checked_size
+from ._ccfm_prediction import _along, _as_layer, _check_doses, _checked_size
 from ._contexts import all_cells
 
 __all__ = ["FlowRepresentationMixin"]
@@ -163,7 +163,7 @@ class FlowRepresentationMixin:
             other = self._moved(part, condition, start, seed)
             # the factual end is computed like the other, so that the errors of both cancel
             moved = self._follow(part, condition, other, how, dosages)
-            return moved.clamp(min=0) - self._follow(part, part.parts, start, how, None).clamp(min=0)
+            return moved - self._follow(part, part.parts, start, how, None)
 
         with self._registered(adata) as data:
             rows, order = self._rows(data, indices)
@@ -212,14 +212,18 @@ class FlowRepresentationMixin:
         told = self._perturbation_inputs([part.parts], None)[0]
         told = {name: value.to(part.x.device) for name, value in told.items()}
         sampler = CascadeSampler(self.module, self._gene_tokens(), part.control, reference=self._read(part, part.parts))
-        return invert_flow(sampler, sampler.read(**told, covariates=part.covariates), part.x, part.latent, how)
+        start = invert_flow(sampler, sampler.read(**told, covariates=part.covariates), part.x, part.latent, how)
+        if self.module.start == "noise":
+            return start
+        # flows from control cells leave zeros alone, see `_along`
+        return start._replace(expression=torch.where(part.x > 0, start.expression, 0.0))
 
     def _moved(self, part: _Part, parts: tuple[str, ...], start: FlowStart, seed: int) -> FlowStart:
         """The start under another condition: without the expected change of the own one, and with that of the other."""
         own = self._read(part, part.parts)
         if own is None:  # noise is the same under all conditions
             return start
-        control = (start.expression - own[:, 1]).clamp(min=0)
+        control = torch.where(start.expression > 0, (start.expression - own[:, 1]).clamp(min=0), 0.0)
         change = self.module.draw_change(control, part.starts[parts][0], torch.from_numpy(part.rows), seed)
         return start._replace(expression=control + change)
 
@@ -237,7 +241,8 @@ class FlowRepresentationMixin:
         end = self.module.sample(
             self._gene_tokens(), part.control, start=start, how=how, reference=read, covariates=part.covariates, **told
         ).expression
-        return torch.lerp(start.expression, end, self._shares(part.contexts, parts).to(end))
+        share = self._shares(part.contexts, parts).to(end)
+        return _along(start.expression, end, share, self._keeps_zeros)
 
     @staticmethod
     def _read(part: _Part, parts: tuple[str, ...]) -> Tensor | None:
