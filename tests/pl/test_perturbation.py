@@ -449,3 +449,17 @@ def test_wrong_tables_are_explained():
         perturbation_scores(table, ["mse", "pearson_delta"], ax=plt.subplots()[1])
     with pytest.raises(ValueError, match="`metric`='mse' has no value"):
         perturbation_scores(table.assign(value=table["value"].where(table["metric"] != "mse")), "mse")
+
+
+def test_scores_of_one_perturbation_are_drawn_once():
+    """Protects a figure of one perturbation: its median is itself, and drawn again would look like a second result."""
+    rows = [("KO", "no_change", "mse", 2.0), ("KO", "prediction", "mse", 1.0)]
+    figure = perturbation_scores(pd.DataFrame(rows, columns=["perturbation", "method", "metric", "value"]), "mse")
+    ax = figure.axes[0]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["KO"]
+    drawn = {
+        dots.get_label(): dots.get_offsets().tolist()
+        for dots in ax.collections
+        if dots.get_label() in {"no_change", "prediction"}
+    }
+    assert drawn == {"no_change": [[2.0, 0.0]], "prediction": [[1.0, 0.0]]}

@@ -58,6 +58,7 @@ def test_assembled_data_sets_are_found_in_code():
     assert used["stack_quickstart"] == []
     assert used["scyan_annotation"] == ["cytometry/multicenter_6samples.h5ad"]
     assert used["scyan_citeseq"] == ["pbmc10k_citeseq_698g.h5ad"]
+    assert used["ccfm_perturbation"] == ["kang_ifnb.h5ad", "papalexi_thp1_299g.h5ad"]
 
 
 @by_name

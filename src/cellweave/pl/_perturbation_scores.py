@@ -44,12 +44,11 @@ def perturbation_scores(
 ) -> Figure:
     """Draw the score of every perturbation beside the baselines and the replicate, one panel per metric.
 
-    A row per perturbation (and context, where there are several), the best predicted on top, and the medians below. The
-    filled circle is the prediction, other symbols are baselines, the black bar is what a repetition of the experiment
-    reaches. A prediction is worth its cost where it lies beyond all baselines. With more than ``max_rows`` rows every
-    method is a column of dots instead, one per perturbation, with the median
-    as a line and as a number; in brackets, the number of rows of a method that has not all. Medians are over the rows that
-    a method has.
+    A row per perturbation (and context, where there are several), the best predicted on top; below several rows stand their
+    medians. The filled circle is the prediction, other symbols are baselines, the black bar is what a repetition of the
+    experiment reaches. A prediction is worth its cost where it lies beyond all baselines. With more than ``max_rows`` rows
+    every method is a column of dots instead, one per perturbation, with the median as a line and as a number; in brackets,
+    the number of rows of a method that has not all. Medians are over the rows that a method has.
 
     Parameters
     ----------
@@ -178,16 +177,22 @@ def _draw_rows(ax: Axes, table: pd.DataFrame, styles: dict[str, _Style], first: 
     low, high = table.min(axis=1).to_numpy(), table.max(axis=1).to_numpy()
     ax.hlines(rows, low, high, color="0.88", lw=1.0, zorder=1)
     dense = 0.6 if len(table) > 30 else 1.0
+    several = len(table) > 1  # the median of one row is that row
     for order, name in enumerate(sorted(table.columns, key=_rank)):
         marker, color, _, size = styles[name]
         values = table[name].to_numpy(dtype=float)
-        at, where = [*values, np.nanmedian(values) if np.isfinite(values).any() else np.nan], [*rows, len(rows) + 0.6]
+        at, where = list(values), list(rows)
+        if several:
+            at.append(np.nanmedian(values) if np.isfinite(values).any() else np.nan)
+            where.append(len(rows) + 0.6)
         ax.scatter(at, where, marker=marker, color=color, s=size * dense, label=name, zorder=2 + 0.1 * order,
                    **({"lw": 1.6} if marker == "|" else {"edgecolor": "white", "lw": 0.4}))  # fmt: skip
-    ax.axhline(len(rows) - 0.2, color="0.3", lw=0.7)
-    names = [*map(str, table.index), _ALL]
-    ax.set_yticks([*rows, len(rows) + 0.6], names if first else [], fontsize="x-small" if len(rows) > 30 else "small")
-    ax.set_ylim(len(rows) + 1.2, -0.8)
+    places, names = list(rows), list(map(str, table.index))
+    if several:
+        ax.axhline(len(rows) - 0.2, color="0.3", lw=0.7)
+        places, names = [*places, len(rows) + 0.6], [*names, _ALL]
+    ax.set_yticks(places, names if first else [], fontsize="x-small" if len(rows) > 30 else "small")
+    ax.set_ylim(len(rows) + (1.2 if several else -0.2), -0.8)
     ax.tick_params(axis="y", length=0)
     ax.spines[["top", "right", "left"]].set_visible(False)
 
