@@ -26,10 +26,18 @@ settings.register_profile("thorough", derandomize=True, deadline=None, max_examp
 settings.load_profile(os.environ.get("CELLWEAVE_HYPOTHESIS", "cellweave"))
 
 
+_XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    """Every test starts from the same random state."""
+    """Every test starts from the same random state.
+
+    Where JAX is installed, scvi-tools lengthens an environment variable whenever a seed is set; after four thousand tests it
+    would be too long for any new process to start.
+    """
     scvi.settings.seed = 0
+    os.environ["XLA_FLAGS"] = _XLA_FLAGS
 
 
 @pytest.fixture(autouse=True)

@@ -102,8 +102,7 @@ class PairDataset(CellSetDataset):
         n_cells: int = 1,
         load_sparse_tensor: bool = False,
     ) -> None:
-        if pairing not in ("random", "ot"):
-            raise ValueError(f"`pairing` must be 'random' or 'ot', got {pairing!r}; choose one of them.")
+        _check_pairing(pairing)
         super().__init__(adata_manager, load_sparse_tensor and pairing == "random")
         self.tables, self.pairing, self.n_cells = tables, pairing, n_cells
         self._genes, self._tokens = torch.from_numpy(tables.genes), torch.from_numpy(tables.tokens)
@@ -276,6 +275,9 @@ class PairSplitter(LightningDataModule):
             "seed": self.seed,
             **loader_kwargs,
         }
+        # what cannot be drawn is refused here: an error inside Lightning leaves its changes to all loaders behind
+        _check_pairing(pairing)
+        self._sampler(self.train_idx, shuffle=True, n_batches=n_batches, options=self.data_loader_kwargs)
 
     def train_dataloader(self) -> PairLoader:
         """Pairs of training cells, drawn anew every epoch."""
@@ -304,23 +306,26 @@ class PairSplitter(LightningDataModule):
 
     def _loader(self, rows: NDArray[np.int64], shuffle: bool, n_batches: int, **changed: Any) -> PairLoader:
         options = {**self.data_loader_kwargs, **changed}
-        screen, n_cells = self.tables.screen, options["n_cells"]
-        sampler = PairSampler(
+        sampler, n_cells = self._sampler(rows, shuffle, n_batches, options), options["n_cells"]
+        dataset = PairDataset(self.adata_manager, self.tables, self.pairing, n_cells, options["load_sparse_tensor"])
+        others = {key: options[key] for key in options if key not in _SAMPLING}
+        return PairLoader(dataset, sampler, **others)
+
+    def _sampler(self, rows: NDArray[np.int64], shuffle: bool, n_batches: int, options: dict[str, Any]) -> PairSampler:
+        screen = self.tables.screen
+        return PairSampler(
             rows,
             screen.treatment[rows],
             screen.context[rows],
             n_contexts=len(screen.contexts),
             n_sets=options["n_sets"],
-            n_cells=n_cells,
+            n_cells=options["n_cells"],
             n_batches=n_batches,
             shuffle=shuffle,
             seed=options["seed"],
             control_fraction=options["control_fraction"],
             distributed=options["distributed_sampler"],
         )
-        dataset = PairDataset(self.adata_manager, self.tables, self.pairing, n_cells, options["load_sparse_tensor"])
-        others = {key: options[key] for key in options if key not in _SAMPLING}
-        return PairLoader(dataset, sampler, **others)
 
     def _split(self, train_size: float | None, validation_size: float | None, shuffle: bool) -> NDArray[np.int64]:
         """Part of each cell; every group keeps the share of its cells, control cells of every context stay in training."""
@@ -337,6 +342,11 @@ class PairSplitter(LightningDataModule):
         n_train = np.maximum(np.ceil(train_size * size), 1)
         n_val = np.minimum(size - n_train, np.round(validation_size * size))
         return np.where(rank < n_train[group], 0, np.where(rank < (n_train + n_val)[group], 1, 2))
+
+
+def _check_pairing(pairing: str) -> None:
+    if pairing not in ("random", "ot"):
+        raise ValueError(f"`pairing` must be 'random' or 'ot', got {pairing!r}; choose one of them.")
 
 
 # Options of a loader that say which cells it draws.
