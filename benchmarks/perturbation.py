@@ -217,7 +217,8 @@ def report(records: Path, command: str) -> str:
             mine = of_task[of_task["method"] == method]
             cells = [_cell(mine[mine["metric"] == metric]["value"]) for metric in METRICS_SHOWN]
             label = f"**CascadedFlowModel, {method}**" if method in order else method
-            extra = [_cell(mine["unseen"]), f"{mine['cpu_s'].mean():.0f}"] if method in order else ["", ""]
+            trained = method in order and method != "anchor"
+            extra = [_cell(mine["unseen"]), f"{mine['cpu_s'].mean():.0f}"] if trained else ["", ""]
             lines.append(f"| {label} | " + " | ".join([*cells, *extra]) + " |")
         lines.append("")
     return "\n".join(lines)
